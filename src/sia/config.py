@@ -1,0 +1,256 @@
+"""The shape of the configuration: a dataclass per group, registered as Hydra schemas; no logic.
+
+Values live in `conf/`, except where an option has nothing but its defaults to say.
+"""
+
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+
+@dataclass
+class TaskConfig:
+    """Group `task`."""
+
+    name: str = MISSING
+    dir: str = MISSING  # resolved against the working directory, then against the checkout
+    verify_s: float | None = None  # deadline of the verifier; null: the task's own
+
+
+@dataclass
+class MetaConfig:
+    """Group `meta`."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class OptunaConfig(MetaConfig):
+    """meta=optuna; the fields are explained in `sia.meta.optuna`."""
+
+    _target_: str = "sia.meta.optuna.OptunaBackend"
+    patience: int = 10
+    min_gain: float = 0.0
+    knobs_per_trial: int = 3
+    startup_trials: int = 4
+    use_moves: bool = True
+
+
+@dataclass
+class ScriptedConfig(MetaConfig):
+    """meta=scripted."""
+
+    _target_: str = "sia.meta.scripted.Scripted"
+    script: str | None = None
+
+
+@dataclass
+class ReplayConfig(MetaConfig):
+    """meta=replay."""
+
+    _target_: str = "sia.meta.replay.Replay"
+    run: str = MISSING
+
+
+@dataclass
+class ProviderConfig:
+    """Group `provider`."""
+
+    name: str = MISSING
+
+
+@dataclass
+class TargetConfig:
+    """Group `target`."""
+
+    harness: str = MISSING  # `reference`, or a folder with a target_agent.py
+    attempt_s: float | None = None  # deadline of one attempt; null: the task's own
+    threads: int = 2  # of numerical libraries; part of the result's definition, not of the machine
+    environments: str | None = None  # where environments are kept; null: ~/.cache/sia/environments
+
+
+@dataclass
+class WeightsConfig:
+    """Group `weights`."""
+
+    name: str = MISSING
+
+
+@dataclass
+class SearchConfig:
+    """Group `search`."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class ChainConfig(SearchConfig):
+    """search=chain."""
+
+    _target_: str = "sia.search.Chain"
+
+
+@dataclass
+class KeepBestConfig(SearchConfig):
+    """search=keep_best and search=best_of_n."""
+
+    _target_: str = "sia.search.KeepBest"
+    candidates: int = MISSING
+
+
+@dataclass
+class FeedbackConfig:
+    """Group `feedback`."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class ScoresConfig(FeedbackConfig):
+    """feedback=scores."""
+
+    _target_: str = "sia.feedback.Scores"
+
+
+@dataclass
+class BlindConfig(FeedbackConfig):
+    """feedback=blind."""
+
+    _target_: str = "sia.feedback.Blind"
+
+
+@dataclass
+class SandboxLimits:
+    """What one attempt may use; see `sia.target.protocol.Limits`."""
+
+    memory_mib: int | None = None  # null: the task's own
+    processes: int = 256
+    file_mib: int = 512
+    disk_mib: int = 1024
+    output_kib: int = 256
+
+
+@dataclass
+class SandboxConfig:
+    """Group `sandbox`."""
+
+    _target_: str = MISSING
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+
+
+@dataclass
+class AutoSandboxConfig(SandboxConfig):
+    """sandbox=auto."""
+
+    _target_: str = "sia.target.sandbox.auto.auto"
+
+
+@dataclass
+class BwrapConfig(SandboxConfig):
+    """sandbox=bwrap."""
+
+    _target_: str = "sia.target.sandbox.Bwrap"
+    tmp_mib: int = 1024  # private /tmp, in memory
+
+
+@dataclass
+class DockerConfig(SandboxConfig):
+    """sandbox=docker."""
+
+    _target_: str = "sia.target.sandbox.Docker"
+    image: str = "python:3.11-slim"
+    cpus: float = 2.0
+
+
+@dataclass
+class ProcessConfig(SandboxConfig):
+    """sandbox=process."""
+
+    _target_: str = "sia.target.sandbox.Process"
+
+
+@dataclass
+class TrackingConfig:
+    """Group `tracking`."""
+
+    _target_: str = MISSING
+
+
+@dataclass
+class MlflowConfig(TrackingConfig):
+    """tracking=mlflow."""
+
+    _target_: str = "sia.tracking.MlflowMirror"
+    uri: str | None = None  # null: MLFLOW_TRACKING_URI, else SQLite in the working directory
+    artifacts: str | None = None  # null: beside the database
+    drain_s: float = 60.0  # how long the end of a run waits for the mirror
+
+
+@dataclass
+class NoTrackingConfig(TrackingConfig):
+    """tracking=none."""
+
+    _target_: str = "sia.tracking.NoTracking"
+
+
+@dataclass
+class BudgetConfig:
+    """What a run may use; reaching a limit ends it cleanly."""
+
+    wall_s: float | None = MISSING
+
+
+@dataclass
+class ExamConfig:
+    """How the sealed test is opened."""
+
+    final_refit: bool = MISSING
+
+
+@dataclass
+class Config:
+    """The whole configuration of one run."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    provider: ProviderConfig = field(default_factory=ProviderConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    exam: ExamConfig = field(default_factory=ExamConfig)
+    generations: int = MISSING
+    seed: int = MISSING
+    workers: int = MISSING
+    resume: str | None = MISSING
+    trusted_packages: list[str] = MISSING
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "meta": {"optuna": OptunaConfig, "scripted": ScriptedConfig, "replay": ReplayConfig},
+    "search": {"chain": ChainConfig, "keep_best": KeepBestConfig},
+    "feedback": {"scores": ScoresConfig, "blind": BlindConfig},
+    "sandbox": {
+        "auto": AutoSandboxConfig,
+        "bwrap": BwrapConfig,
+        "docker": DockerConfig,
+        "process": ProcessConfig,
+    },
+    "tracking": {"mlflow": MlflowConfig, "none": NoTrackingConfig},
+}
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra; needed before any composition. May be called again."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_")
+    for group, options in SCHEMAS.items():
+        for name, schema in options.items():
+            store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver(
+        "sia_run_dir", lambda resume, fresh: resume or fresh, replace=True
+    )
