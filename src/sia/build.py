@@ -1,0 +1,163 @@
+"""From a configuration to the parts of a run: the only caller of `hydra.utils.instantiate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from sia import loop
+from sia.config import Config
+from sia.errors import ConfigError, SiaError
+from sia.rundir import RunDir
+from sia.target import Environments, HarnessRunner, Limits
+from sia.target.protocol import Sandbox
+from sia.tasks import Task, find_task_dir, load_task
+from sia.tasks.task import ENTRY_POINT
+from sia.tracking import Tracker
+from sia.verify import TaskVerifier
+from sia.workspace import Workspaces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What can be built before a run directory exists, so that a mistake leaves nothing behind."""
+
+    task: Task
+    first_harness: Path
+    sandbox: Sandbox
+    tracker: Tracker
+    meta: Any
+    search: Any
+    feedback: Any
+
+
+def check(cfg: Config) -> Checked:
+    """Builds and validates all parts that need no run directory.
+
+    Raises:
+        ConfigError: Values out of range, all of them in one message.
+        SiaError: Whatever a part says about its own settings.
+    """
+    faults = [*_faults(cfg)]
+    if faults:
+        raise ConfigError("\n".join(faults))
+    task = load_task(find_task_dir(cfg.task.dir))
+    sandbox_node = OmegaConf.masked_copy(
+        cast(Any, cfg.sandbox), [key for key in cast(Any, cfg.sandbox) if key != "limits"]
+    )
+    return Checked(
+        task=task,
+        first_harness=_harness(cfg, task),
+        sandbox=part(sandbox_node, cfg.trusted_packages),
+        tracker=part(cfg.tracking, cfg.trusted_packages),
+        meta=part(cfg.meta, cfg.trusted_packages),
+        search=part(cfg.search, cfg.trusted_packages),
+        feedback=part(cfg.feedback, cfg.trusted_packages),
+    )
+
+
+def target(cfg: Config, checked: Checked, data: Path | None = None) -> HarnessRunner:
+    """The runner of candidates; `data` stands in for the task's public side if given."""
+    cache = Path(cfg.target.environments).expanduser() if cfg.target.environments else None
+    limits = cfg.sandbox.limits
+    return HarnessRunner(
+        sandbox=checked.sandbox,
+        environments=Environments(cache) if cache else Environments(),
+        task=checked.task,
+        limits=Limits(
+            memory_mib=limits.memory_mib or checked.task.facts.limits.memory_mib,
+            processes=limits.processes,
+            file_mib=limits.file_mib,
+            disk_mib=limits.disk_mib,
+            output_kib=limits.output_kib,
+            threads=cfg.target.threads,
+        ),
+        data=data,
+    )
+
+
+def parts(cfg: Config, checked: Checked, run: RunDir) -> loop.Parts:
+    """Everything the loop needs, bound to a run directory. Starts the verifier's process."""
+    return loop.Parts(
+        metric=checked.task.metric,
+        meta=checked.meta,
+        target=target(cfg, checked),
+        verifier=TaskVerifier(task=checked.task, split="dev", deadline_s=cfg.task.verify_s),
+        search=checked.search,
+        feedback=checked.feedback,
+        journal=run.journal,
+        workspaces=Workspaces(run=run.path, first=checked.first_harness),
+        state=run.path / "meta",
+        seed=cfg.seed,
+    )
+
+
+def limits(cfg: Config, task: Task) -> loop.Limits:
+    """How far the loop goes."""
+    return loop.Limits(
+        generations=cfg.generations,
+        workers=cfg.workers,
+        attempt_s=cfg.target.attempt_s or task.facts.limits.attempt_s,
+        wall_s=cfg.budget.wall_s,
+    )
+
+
+def part(node: Any, trusted: Sequence[str]) -> Any:
+    """Instantiates one node of the configuration.
+
+    Raises:
+        ConfigError: Its `_target_` lies outside SIA and the trusted packages, or does not fit.
+        SiaError: What the part's own constructor raised.
+    """
+    name = str(node["_target_"])
+    if name.split(".")[0] not in ("sia", *trusted):
+        raise ConfigError(
+            f"_target_={name!r} is not part of sia. If you trust its package, say so: "
+            f"trusted_packages=[{name.split('.')[0]}]"
+        )
+    try:
+        return instantiate(node, _convert_="object", _recursive_=False)
+    except InstantiationException as error:
+        # Hydra wraps whatever a constructor raises; our own messages and exit codes must survive.
+        if isinstance(error.__cause__, SiaError):
+            raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError | ImportError | AttributeError):
+            raise ConfigError(f"{name} cannot be built: {error.__cause__}") from error
+        raise
+
+
+def _faults(cfg: Config) -> list[str]:
+    """Every value that is out of range, one line each."""
+    wrong = []
+    for name, value in (
+        ("generations", cfg.generations),
+        ("workers", cfg.workers),
+        ("target.threads", cfg.target.threads),
+        ("sandbox.limits.processes", cfg.sandbox.limits.processes),
+    ):
+        if value < 1:
+            wrong.append(f"{name}={value} must be at least 1.")
+    for name, seconds in (
+        ("budget.wall_s", cfg.budget.wall_s),
+        ("target.attempt_s", cfg.target.attempt_s),
+        ("task.verify_s", cfg.task.verify_s),
+    ):
+        if seconds is not None and seconds <= 0:
+            wrong.append(f"{name}={seconds:g} must be more than 0 seconds, or null.")
+    return wrong
+
+
+def _harness(cfg: Config, task: Task) -> Path:
+    if cfg.target.harness == "reference":
+        return task.reference_harness
+    path = Path(cfg.target.harness).expanduser()
+    if not (path / ENTRY_POINT).is_file():
+        raise ConfigError(
+            f"target.harness={cfg.target.harness!r} is neither 'reference' nor a folder with a "
+            f"{ENTRY_POINT}. Start from a copy: cp -r {task.reference_harness} my_harness"
+        )
+    return path.resolve()

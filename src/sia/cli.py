@@ -1,0 +1,90 @@
+"""`python -m sia`: configuration -> parts -> loop, and the exit code.
+
+0    the run ended with at least one score
+1    the run ended without any scored attempt
+2    a mistake that the user can mend; nothing half-written
+130  interrupted; everything finished is written
+"""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from sia.errors import SiaError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """Entry point of `python -m sia` and of Hydra's multirun jobs."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        from sia import help
+
+        print(help.text())
+        return
+    # Hydra would shorten the traceback and exit with 1 whatever happened; this hands errors to us.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from sia import config
+
+    config.register()
+
+    @hydra.main(version_base="1.3", config_path="pkg://sia.conf", config_name="config")
+    def job(cfg: DictConfig) -> float | None:
+        return _job(cfg)
+
+    try:
+        job()
+    except SiaError as error:
+        _fail(str(error), error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        from sia import advice
+
+        _fail(advice.explain(argv, error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.filename is None or "runs" not in str(error.filename):
+            raise
+        from sia.rundir import write_error
+
+        _fail(str(write_error(Path(error.filename), error)), 2)
+
+
+def _job(cfg: "DictConfig") -> float | None:
+    """One run; in a multirun an error is raised, so that the other jobs go on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from sia.session import run
+
+    hydra_cfg = HydraConfig.get()
+    try:
+        result = run(
+            cfg,
+            path=Path(hydra_cfg.runtime.output_dir),
+            choices=dict(hydra_cfg.runtime.choices),
+            overrides=list(hydra_cfg.overrides.task),
+        )
+    except SiaError as error:
+        with suppress(OSError):  # Hydra makes the folder before it calls us; an empty one goes
+            Path(hydra_cfg.runtime.output_dir).rmdir()
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            raise
+        _fail(str(error), error.exit_code)
+    if result.status == "interrupted":
+        sys.exit(130)
+    return result.best_score
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"sia: {message}", file=sys.stderr)
+    sys.exit(code)

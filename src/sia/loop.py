@@ -1,0 +1,347 @@
+"""The generation loop: a generator over Protocols, with no I/O of its own.
+
+    for each generation:
+        parent     = search.parent(results)
+        candidates = meta.propose(a copy of the parent's harness), one or several
+        attempts   = target.run(candidate)        side by side
+        evaluation = verifier.verify(submission)  on the dev labels
+        incumbent  = best by dev score; a tie or a loss keeps it
+        decision   = meta.decide(what feedback shows)
+
+Every step goes through the journal: a resumed run walks the same path, reads the steps that
+finished and makes only those that did not.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sia import seeds
+from sia.errors import BadProposal
+from sia.feedback import Feedback, Shown
+from sia.meta import MetaBackend, Request
+from sia.records import (
+    Attempt,
+    Candidate,
+    Decision,
+    Ending,
+    Evaluation,
+    Generation,
+    Lever,
+    Outcome,
+    Proposal,
+    Result,
+)
+from sia.rundir import Journal
+from sia.search import Search, best
+from sia.target.protocol import Target
+from sia.tasks.task import Metric
+from sia.verify import Verifier
+from sia.workspace import Workspaces
+
+PROTOCOL = 1  # raise it when the meaning of the loop changes: records are compared within one only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the loop is made of. `state` is the meta backend's own folder."""
+
+    metric: Metric
+    meta: MetaBackend
+    target: Target
+    verifier: Verifier
+    search: Search
+    feedback: Feedback
+    journal: Journal
+    workspaces: Workspaces
+    state: Path
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How far the loop goes.
+
+    Attributes:
+        generations: At most so many, the first harness included.
+        workers: Attempts that run side by side.
+        attempt_s: Deadline of one attempt.
+        wall_s: Budget of the whole run, earlier sessions included; None for no limit.
+    """
+
+    generations: int
+    workers: int
+    attempt_s: float
+    wall_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """A generation begins."""
+
+    generation: int
+    decision: Decision
+    parent: Candidate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposed:
+    """A candidate was written."""
+
+    candidate: Candidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A candidate was tried, with or without success."""
+
+    result: Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """A generation is over."""
+
+    generation: Generation
+    incumbent: Result | None
+
+
+Event = Started | Proposed | Scored | Closed | Ending
+
+
+class _BudgetSpent(Exception):
+    """The run's time ended in the middle of an attempt, which therefore counts for nothing."""
+
+
+@dataclass(kw_only=True)
+class _Memory:
+    """What the loop knows so far; rebuilt step by step on a resume."""
+
+    results: list[Result] = field(default_factory=list)
+    shown: list[Shown] = field(default_factory=list)
+    by_digest: dict[str, Result] = field(default_factory=dict)
+    incumbent: Result | None = None
+
+
+def generations(parts: Parts, limits: Limits) -> Generator[Event]:
+    """Runs the loop; each event is yielded when its step is safely in the journal.
+
+    The records are a function of the parts and the seed: neither `workers` nor an interruption
+    changes them. Raises what a part cannot go on from (`MetaBackendError`, `TargetError`, …).
+    """
+    memory = _Memory()
+    decision = Decision(lever=Lever.HARNESS, hypothesis="The first harness sets the baseline.")
+    with ThreadPoolExecutor(limits.workers, thread_name_prefix="attempt") as pool:
+        try:
+            for index in range(limits.generations):
+                if f"{index:04}/generation" not in parts.journal and _spent(parts, limits):
+                    yield Ending(
+                        reason="budget", detail=f"budget.wall_s={limits.wall_s:g} is used up"
+                    )
+                    return
+                yield from _generation(parts, limits, pool, memory, index, decision)
+                if index + 1 < limits.generations:
+                    decision = parts.journal.step(
+                        f"{index:04}/decision",
+                        Decision,
+                        lambda: parts.meta.decide(memory.shown, parts.metric),
+                    )
+                    if decision.lever is Lever.STOP:
+                        yield Ending(reason="stop", detail=decision.hypothesis)
+                        return
+        except _BudgetSpent:
+            yield Ending(reason="budget", detail=f"budget.wall_s={limits.wall_s:g} is used up")
+            return
+        except BaseException:
+            # Attempts in progress must not outlive the loop, whatever ended it.
+            parts.target.cancel()
+            raise
+    yield Ending(reason="generations", detail=f"all {limits.generations} generations are done")
+
+
+def _generation(
+    parts: Parts,
+    limits: Limits,
+    pool: ThreadPoolExecutor,
+    memory: _Memory,
+    index: int,
+    decision: Decision,
+) -> Iterator[Event]:
+    parent = parts.search.parent(memory.results, parts.metric)
+    parent_candidate = parent.candidate if parent else None
+    yield Started(generation=index, decision=decision, parent=parent_candidate)
+
+    candidates: list[Candidate] = []
+    for k in range(parts.search.candidates if index > 0 else 1):
+        candidate = parts.journal.step(
+            f"{index:04}/{k}/candidate",
+            Candidate,
+            lambda k=k: _propose(parts, memory, index, k, parent_candidate, candidates),  # type: ignore[misc]
+        )
+        candidates.append(candidate)
+        yield Proposed(candidate=candidate)
+
+    waiting: set[Future[Result]] = {
+        pool.submit(_try, parts, limits, memory, candidate)
+        for candidate in candidates
+        if candidate.duplicate_of is None
+    }
+    results: dict[str, Result] = {}
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for result in sorted((future.result() for future in done), key=lambda r: r.candidate.index):
+            results[result.candidate.id] = result
+            yield Scored(result=result)
+    for candidate in candidates:
+        if candidate.duplicate_of is not None:
+            result = _reuse(candidate, memory, results)
+            results[candidate.id] = result
+            yield Scored(result=result)
+
+    ordered = [results[candidate.id] for candidate in candidates]
+    generation = parts.journal.step(
+        f"{index:04}/generation",
+        Generation,
+        lambda: _close(parts.metric, index, ordered, memory.incumbent),
+    )
+    _remember(parts, memory, ordered)
+    yield Closed(generation=generation, incumbent=memory.incumbent)
+
+
+def _propose(
+    parts: Parts,
+    memory: _Memory,
+    index: int,
+    k: int,
+    parent: Candidate | None,
+    siblings: Sequence[Candidate],
+) -> Candidate:
+    """Asks for one harness; an unusable one becomes a candidate with a problem."""
+    identity = f"g{index:03}-c{k}"
+    workspace = parts.workspaces.open(index, k, parent)
+    request = Request(
+        generation=index,
+        index=k,
+        workspace=workspace,
+        parent=parent,
+        history=tuple(memory.shown),
+        siblings=tuple(sibling.proposal for sibling in siblings),
+        state=parts.state,
+        metric=parts.metric,
+        seed=seeds.stream_seed(parts.seed, f"meta/{index}/{k}"),
+    )
+    parent_id = parent.id if parent else None
+    try:
+        proposal = parts.meta.propose(request)
+        digest = parts.workspaces.seal(workspace, parent, proposal)
+    except BadProposal as problem:
+        return Candidate(
+            id=identity,
+            generation=index,
+            index=k,
+            parent=parent_id,
+            proposal=Proposal(hypothesis=""),
+            problem=str(problem),
+        )
+    earlier = memory.by_digest.get(digest)
+    same = next((sibling for sibling in siblings if sibling.harness_sha256 == digest), None)
+    twin = earlier.candidate.id if earlier else same.id if same else None
+    return Candidate(
+        id=identity,
+        generation=index,
+        index=k,
+        parent=parent_id,
+        proposal=proposal,
+        harness_sha256=digest,
+        duplicate_of=twin,
+    )
+
+
+def _try(parts: Parts, limits: Limits, memory: _Memory, candidate: Candidate) -> Result:
+    """Runs and scores one candidate; called in a worker thread."""
+    if candidate.problem:
+        attempt = Attempt(
+            candidate=candidate.id, outcome=Outcome.BAD_PROPOSAL, reason=candidate.problem
+        )
+        return Result(candidate=candidate, attempt=attempt, evaluation=None)
+    key = f"{candidate.generation:04}/{candidate.index}"
+    folder = parts.workspaces.folder(candidate)
+    attempt = parts.journal.step(
+        f"{key}/attempt", Attempt, lambda: _attempt(parts, limits, candidate)
+    )
+    if attempt.outcome is not Outcome.OK:
+        return Result(candidate=candidate, attempt=attempt, evaluation=None)
+    evaluation = parts.journal.step(
+        f"{key}/evaluation",
+        Evaluation,
+        lambda: parts.verifier.verify(candidate.id, folder / "submission"),
+    )
+    return Result(candidate=candidate, attempt=attempt, evaluation=evaluation)
+
+
+def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
+    left = None if limits.wall_s is None else limits.wall_s - parts.journal.elapsed_s
+    deadline_s = limits.attempt_s if left is None else max(0.1, min(limits.attempt_s, left))
+    attempt = parts.target.run(
+        candidate.id,
+        harness=parts.workspaces.harness(candidate),
+        out=parts.workspaces.folder(candidate),
+        deadline_s=deadline_s,
+    )
+    if attempt.outcome is Outcome.TIMEOUT and deadline_s < limits.attempt_s:
+        raise _BudgetSpent
+    return attempt
+
+
+def _reuse(candidate: Candidate, memory: _Memory, results: dict[str, Result]) -> Result:
+    """The result of the earlier candidate with the same harness."""
+    assert candidate.duplicate_of is not None
+    known = {result.candidate.id: result for result in memory.results} | results
+    evaluation = known[candidate.duplicate_of].evaluation
+    attempt = Attempt(
+        candidate=candidate.id,
+        outcome=Outcome.DUPLICATE,
+        reason=f"the harness of {candidate.duplicate_of}",
+    )
+    return Result(candidate=candidate, attempt=attempt, evaluation=evaluation)
+
+
+def _close(
+    metric: Metric, index: int, results: Sequence[Result], incumbent: Result | None
+) -> Generation:
+    rivals = [*([incumbent] if incumbent else []), *results]
+    winner = best(rivals, metric)
+    accepted = winner is not None and winner is not incumbent
+    gain = None
+    if (
+        accepted
+        and incumbent
+        and incumbent.score is not None
+        and winner
+        and winner.score is not None
+    ):
+        gain = metric.gain(winner.score, incumbent.score)
+    return Generation(
+        index=index,
+        candidates=tuple(result.candidate.id for result in results),
+        incumbent=winner.candidate.id if winner else None,
+        best_score=winner.score if winner else None,
+        accepted=accepted,
+        gain=gain,
+    )
+
+
+def _remember(parts: Parts, memory: _Memory, results: Sequence[Result]) -> None:
+    for result in results:
+        memory.results.append(result)
+        memory.shown.append(parts.feedback.show(result))
+        if result.candidate.harness_sha256 and result.candidate.duplicate_of is None:
+            memory.by_digest.setdefault(result.candidate.harness_sha256, result)
+    memory.incumbent = best(
+        [*([memory.incumbent] if memory.incumbent else []), *results], parts.metric
+    )
+
+
+def _spent(parts: Parts, limits: Limits) -> bool:
+    return limits.wall_s is not None and parts.journal.elapsed_s >= limits.wall_s

@@ -1,0 +1,313 @@
+"""The embedded backend: a real optimiser over the space that the reference harness declares.
+
+It needs no language model and imitates none. Every proposal is one of two kinds:
+
+1. a *move*: an expert's answer to a symptom that the evaluation of the incumbent shows, declared in
+   `space.yaml`, tried in the order given and at most once each;
+2. a *trial*: a few knobs of the incumbent turned to values that Optuna's tree-structured Parzen
+   estimator suggests from all scored candidates.
+
+A configuration that was tried before is recognised and never proposed again. The plateau rule:
+stop when the last `patience` generations brought no gain of at least `min_gain` over the best
+before them, or when the space is exhausted.
+
+The study is told every scored candidate and lies in the run directory (`meta/study.log`, Optuna's
+journal format). It is rebuilt from the records when a run is resumed, so that what is proposed is a
+function of the records and the seed alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sia.errors import BadProposal
+from sia.feedback import Shown
+from sia.meta.knobs import Knob, Knobs, Space, load_space, read_knobs, settle, write_knobs
+from sia.meta.protocol import Request
+from sia.records import Decision, Lever, Proposal
+from sia.tasks.task import Metric
+
+if TYPE_CHECKING:
+    import optuna
+
+MAX_ASKS = 200
+EXHAUSTED = "every configuration within reach has been tried"
+
+
+class OptunaBackend:
+    """Moves first, then trials; see the module's docstring."""
+
+    def __init__(
+        self,
+        *,
+        patience: int = 8,
+        min_gain: float = 0.0,
+        knobs_per_trial: int = 3,
+        startup_trials: int = 4,
+        use_moves: bool = True,
+    ) -> None:
+        """Sets the rules.
+
+        Args:
+            patience: Generations without a gain before the run stops.
+            min_gain: What counts as a gain, in units of the metric.
+            knobs_per_trial: At most so many knobs are turned at once.
+            startup_trials: Scored candidates below which values are drawn at random.
+            use_moves: False leaves the moves out: the arm that tells what they are worth.
+        """
+        self._patience = patience
+        self._min_gain = min_gain
+        self._knobs_per_trial = knobs_per_trial
+        self._startup_trials = startup_trials
+        self._use_moves = use_moves
+        self._study: optuna.Study | None = None
+        self._told: set[str] = set()
+
+    def propose(self, request: Request) -> Proposal:
+        """Turns knobs in the workspace's `harness.yaml`.
+
+        Raises:
+            BadProposal: Every configuration within reach has been tried.
+        """
+        space = load_space(request.workspace)
+        base = read_knobs(request.workspace, space)
+        if request.generation == 0:
+            return Proposal(
+                hypothesis="What a sensible newcomer writes first; gains are measured from here.",
+                source="reference",
+                knobs=base,
+            )
+        proposal = self._move(request, space, base) or self._trial(request, space, base)
+        write_knobs(request.workspace, proposal.changes)
+        return proposal
+
+    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+        """Applies the plateau rule."""
+        if history[-1].reason == EXHAUSTED:
+            return Decision(lever=Lever.STOP, hypothesis=f"Nothing is left to try: {EXHAUSTED}.")
+        best, since = _plateau(history, metric, self._min_gain)
+        if since >= self._patience:
+            return Decision(
+                lever=Lever.STOP,
+                hypothesis="The search is on a plateau; more of the same would fit the dev items.",
+                evidence=f"{since} generations without a gain of {self._min_gain:g} over {best}.",
+            )
+        return Decision(
+            lever=Lever.HARNESS,
+            hypothesis="The harness still has knobs that may pay.",
+            evidence=f"{since} of {self._patience} generations without a gain.",
+        )
+
+    def _move(self, request: Request, space: Space, base: Knobs) -> Proposal | None:
+        if not self._use_moves:
+            return None
+        shown = _shown(request)
+        symptoms = shown.symptoms if shown else {}
+        made = [past.candidate.proposal for past in request.history] + list(request.siblings)
+        used = {proposal.source for proposal in made}
+        tried = _tried(request, space)
+        for number, move in enumerate(space.moves):
+            source = f"move:{number}"
+            if source in used or not move.when.holds(symptoms):
+                continue
+            knobs = settle(space, {**base, **move.set}, base)
+            if _key(knobs) in tried:
+                continue
+            return Proposal(
+                hypothesis=move.hypothesis.strip(),
+                evidence=move.when.describe(symptoms) + _worst(shown),
+                expected_effect=move.expect,
+                source=source,
+                changes=_changes(base, knobs),
+                knobs=knobs,
+            )
+        return None
+
+    def _trial(self, request: Request, space: Space, base: Knobs) -> Proposal:
+        study = self._tell(request, space)
+        import optuna
+
+        sampler = optuna.samplers.TPESampler(
+            seed=request.seed, n_startup_trials=self._startup_trials
+        )
+        rng = np.random.default_rng(request.seed)
+        tried = _tried(request, space)
+        for _ in range(MAX_ASKS):
+            knobs = self._ask(study, sampler, space, base, rng)
+            if _key(knobs) not in tried:
+                break
+        else:
+            raise BadProposal(EXHAUSTED)
+        changes = _changes(base, knobs)
+        ideas = [space.knobs[name].idea for name in changes]
+        return Proposal(
+            hypothesis=" ".join(idea.strip().rstrip(".") + "." for idea in ideas),
+            evidence=f"{len(self._told)} scored candidates{_worst(_shown(request))}",
+            expected_effect=_expected(changes, request.history),
+            source="tpe",
+            changes=changes,
+            knobs=knobs,
+        )
+
+    def _ask(
+        self,
+        study: "optuna.Study",
+        sampler: "optuna.samplers.BaseSampler",
+        space: Space,
+        base: Knobs,
+        rng: np.random.Generator,
+    ) -> Knobs:
+        """The incumbent with a few active knobs set to what the sampler suggests."""
+        from optuna.trial import TrialState, create_trial
+
+        names = [name for name, knob in space.knobs.items() if knob.active(base)]
+        turned = rng.permutation(len(names))[: int(rng.integers(1, self._knobs_per_trial + 1))]
+        queue = [names[i] for i in sorted(turned)]
+        trial = create_trial(state=TrialState.RUNNING)
+        knobs = dict(base)
+        while queue:
+            name = queue.pop(0)
+            before = {other for other, knob in space.knobs.items() if knob.active(knobs)}
+            knob = space.knobs[name]
+            suggested = sampler.sample_independent(study, trial, name, _distribution(knob))
+            knobs[name] = _rounded(knob, suggested)
+            # A knob that has just been switched on brings its own settings with it.
+            queue += [
+                other
+                for other, knob in space.knobs.items()
+                if name in knob.needs and other not in before and knob.active(knobs)
+            ]
+        return settle(space, knobs, base)
+
+    def _tell(self, request: Request, space: Space) -> "optuna.Study":
+        """The study with every scored candidate of the history told."""
+        import optuna
+        from optuna.trial import create_trial
+
+        if self._study is None:
+            self._study = _open_study(request.state, request.metric)
+        for past in request.history:
+            knobs = past.candidate.proposal.knobs
+            if past.score is None or past.candidate.id in self._told or not knobs:
+                continue
+            known = {name: value for name, value in knobs.items() if name in space.knobs}
+            self._study.add_trial(
+                create_trial(
+                    state=optuna.trial.TrialState.COMPLETE,
+                    value=past.score,
+                    params=known,
+                    distributions={name: _distribution(space.knobs[name]) for name in known},
+                    user_attrs={"candidate": past.candidate.id},
+                )
+            )
+            self._told.add(past.candidate.id)
+        return self._study
+
+
+def _open_study(state: Path, metric: Metric) -> "optuna.Study":
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    state.mkdir(parents=True, exist_ok=True)
+    log = state / "study.log"
+    log.unlink(missing_ok=True)
+    return optuna.create_study(
+        study_name="harness",
+        storage=JournalStorage(JournalFileBackend(str(log))),
+        direction="maximize" if metric.direction == "maximize" else "minimize",
+    )
+
+
+def _distribution(knob: Knob) -> "optuna.distributions.BaseDistribution":
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    if knob.values:
+        return CategoricalDistribution(knob.values)
+    assert knob.low is not None
+    assert knob.high is not None
+    if isinstance(knob.low, int) and isinstance(knob.high, int):
+        return IntDistribution(knob.low, knob.high, log=knob.log)
+    return FloatDistribution(knob.low, knob.high, log=knob.log)
+
+
+def _rounded(knob: Knob, value: Any) -> Any:
+    """Three significant digits are enough, and keep `harness.yaml` readable."""
+    if not isinstance(value, float) or knob.values or knob.low is None or knob.high is None:
+        return value
+    return min(max(float(f"{value:.3g}"), float(knob.low)), float(knob.high))
+
+
+def _shown(request: Request) -> Shown | None:
+    """The parent as it was shown."""
+    if request.parent is None:
+        return None
+    wanted = request.parent.id
+    return next((past for past in request.history if past.candidate.id == wanted), None)
+
+
+def _tried(request: Request, space: Space) -> set[str]:
+    made = [past.candidate.proposal for past in request.history] + list(request.siblings)
+    return {
+        _key(proposal.knobs) for proposal in made if proposal.knobs.keys() == space.knobs.keys()
+    }
+
+
+def _key(knobs: Mapping[str, Any]) -> str:
+    return repr(sorted(knobs.items()))
+
+
+def _changes(base: Mapping[str, Any], knobs: Mapping[str, Any]) -> Knobs:
+    return {name: value for name, value in knobs.items() if value != base[name]}
+
+
+def _worst(shown: Shown | None) -> str:
+    """The most frequent confusion of the parent, if the feedback shows it."""
+    confusions = shown.breakdown.get("confusions") if shown else None
+    if not confusions:
+        return ""
+    true, answered, count = confusions[0]
+    return f"; most frequent confusion: {true} answered as {answered}, {count} times"
+
+
+def _expected(changes: Mapping[str, Any], history: Sequence[Shown]) -> str:
+    """How candidates that had these values fared so far beside those that had not."""
+    parts = []
+    for name, value in changes.items():
+        scored = [past for past in history if past.score is not None]
+        having = [past.score for past in scored if past.candidate.proposal.knobs.get(name) == value]
+        others = [past.score for past in scored if past.candidate.proposal.knobs.get(name) != value]
+        if having and others:
+            difference = np.mean(np.array(having)) - np.mean(np.array(others))
+            parts.append(f"{name}={value!r}: {difference:+.4f} in {len(having)} earlier candidates")
+        else:
+            parts.append(f"{name}={value!r}: no earlier candidate had it")
+    return "; ".join(parts)
+
+
+def _plateau(history: Sequence[Shown], metric: Metric, min_gain: float) -> tuple[str, int]:
+    """The candidate that brought the last gain, and how many generations ago that was."""
+    best: Shown | None = None
+    for past in history:
+        if past.score is None:
+            continue
+        if (
+            best is None
+            or best.score is None
+            or (
+                metric.better(past.score, best.score)
+                and (metric.gain(past.score, best.score) >= min_gain)
+            )
+        ):
+            best = past
+    latest = history[-1].candidate.generation
+    if best is None:
+        return "nothing", latest + 1
+    return best.candidate.id, latest - best.candidate.generation

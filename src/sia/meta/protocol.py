@@ -1,0 +1,58 @@
+"""The contract of a meta backend: Meta-Agent for the first harness, Feedback-Agent ever after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sia.feedback import Shown
+from sia.records import Candidate, Decision, Proposal
+from sia.tasks.task import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One harness is wanted.
+
+    Attributes:
+        workspace: A copy of the parent's harness (of the reference harness for generation 0), to
+            be edited in place. The only folder the backend may write to.
+        parent: What the copy was made from; None for generation 0.
+        history: All earlier candidates, oldest first, as far as `feedback` shows them.
+        siblings: Proposals already made for this same generation.
+        state: A folder that the backend may keep files of its own in; survives a resume.
+        metric: What the scores in `history` mean.
+        seed: For every random choice of this proposal; a function of run seed, generation and
+            index, so that a resumed run proposes what the unbroken run proposed.
+    """
+
+    generation: int
+    index: int
+    workspace: Path
+    parent: Candidate | None
+    history: Sequence[Shown]
+    siblings: Sequence[Proposal]
+    state: Path
+    metric: Metric
+    seed: int
+
+
+class MetaBackend(Protocol):
+    """Proposes harnesses and decides which lever comes next.
+
+    Both calls must be functions of their arguments: what a backend keeps between calls is a cache
+    that can be rebuilt from the history, because a resumed run starts with a new object.
+    """
+
+    def propose(self, request: Request) -> Proposal:
+        """Edits `request.workspace` in place and says what was changed and why.
+
+        Raises:
+            BadProposal: Nothing usable came of it; counted as a failed candidate.
+            MetaBackendError: The backend cannot go on at all; ends the run.
+        """
+        ...
+
+    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+        """Chooses the next lever after a generation was closed; `history` is never empty."""
+        ...

@@ -1,0 +1,56 @@
+"""Repeats the proposals and decisions of a recorded run, so that its scores can be checked."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from sia.errors import BadProposal, MetaBackendError
+from sia.feedback import Shown
+from sia.meta.protocol import Request
+from sia.provenance import tree_sha256
+from sia.records import Candidate, Decision, Lever, Proposal, from_data
+from sia.rundir import candidate_dir, records
+from sia.tasks.task import Metric
+
+T = TypeVar("T")
+
+
+class Replay:
+    """Plays a run directory back; the harness of each candidate must have its recorded digest."""
+
+    def __init__(self, *, run: str) -> None:
+        """Reads the records of `run`.
+
+        Raises:
+            RunDirectoryError: `run` is not a run directory.
+        """
+        self._run = Path(run)
+        self._records = records(self._run)
+
+    def propose(self, request: Request) -> Proposal:
+        """Puts the recorded harness into the workspace."""
+        key = f"{request.generation:04}/{request.index}/candidate"
+        candidate = self._record(key, Candidate)
+        if candidate is None:
+            raise MetaBackendError(f"{self._run} records no candidate for {key!r}.")
+        if candidate.problem:
+            raise BadProposal(candidate.problem)
+        source = candidate_dir(self._run, request.generation, request.index) / "harness"
+        shutil.rmtree(request.workspace)
+        shutil.copytree(source, request.workspace, symlinks=True)
+        if tree_sha256(request.workspace) != candidate.harness_sha256:
+            raise MetaBackendError(
+                f"{source} is not what was recorded (its digest differs): it was changed."
+            )
+        return candidate.proposal
+
+    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+        """The recorded decision; stops where the recording ends."""
+        generation = history[-1].candidate.generation
+        decision = self._record(f"{generation:04}/decision", Decision)
+        return decision or Decision(lever=Lever.STOP, hypothesis="The recording ends here.")
+
+    def _record(self, key: str, kind: type[T]) -> T | None:
+        data = self._records.get(key)
+        return None if data is None else from_data(data, kind)

@@ -1,0 +1,225 @@
+"""What passes between the steps of a run and is written to its journal.
+
+All records are frozen. `to_json` and `from_json` are exact inverses. Nothing here holds a time: the
+journal keeps times beside the records, so that two runs of one seed can be compared byte by byte.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+
+class Lever(enum.StrEnum):
+    """What the Feedback-Agent may decide."""
+
+    HARNESS = "harness"
+    WEIGHTS = "weights"
+    STOP = "stop"
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended; everything but `OK` and `DUPLICATE` is a counted failure."""
+
+    OK = "ok"
+    DUPLICATE = "duplicate"  # the same harness was scored before; its evaluation is reused
+    BAD_PROPOSAL = "bad_proposal"  # the meta backend delivered nothing usable
+    CRASHED = "crashed"  # non-zero exit or killed by a signal
+    TIMEOUT = "timeout"
+    DISK_LIMIT = "disk_limit"  # wrote more than its allowance
+    NO_SUBMISSION = "no_submission"
+    BAD_SUBMISSION = "bad_submission"  # the verifier could not read it
+    VERIFIER_FAILED = "verifier_failed"  # the verifier itself broke on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Which lever comes next, and why."""
+
+    lever: Lever
+    hypothesis: str
+    evidence: str = ""
+    expected_effect: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What the meta backend says about an edit that it made.
+
+    Attributes:
+        knobs: The complete configuration the edit leads to, where the backend works with knobs.
+        changes: What differs from the parent, knob or file -> new value, for the reader.
+        source: Which rule made it, for example `reference`, `move:2` or `tpe`.
+    """
+
+    hypothesis: str
+    evidence: str = ""
+    expected_effect: str = ""
+    source: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One harness that is being tried.
+
+    Attributes:
+        id: `g003-c0`: generation 3, first candidate of that generation.
+        parent: The candidate whose harness was edited; None for the first harness.
+        harness_sha256: Digest of the harness folder; empty when there is none.
+        duplicate_of: An earlier candidate with the same digest, whose evaluation is reused.
+        problem: Why the proposal is unusable; empty when it is usable.
+    """
+
+    id: str
+    generation: int
+    index: int
+    parent: str | None
+    proposal: Proposal
+    harness_sha256: str = ""
+    duplicate_of: str | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One execution of a candidate on the task.
+
+    Attributes:
+        exit_code: Of the target's process; negative for a signal; None where none was started.
+        trajectories: How many trajectory files were collected.
+    """
+
+    candidate: str
+    outcome: Outcome
+    reason: str = ""
+    exit_code: int | None = None
+    trajectories: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the verifier says about one submission on one split.
+
+    Attributes:
+        score: The task's metric, in its own units; None where the submission could not be scored.
+        n_items: Fixed denominator: every item of the split, answered or not.
+        metrics: Further aggregates.
+        symptoms: Aggregates that a meta backend can react to.
+        breakdown: Per-class and confusion tables, for people and for feedback.
+        items: Score of each item by id; aligned between candidates, for paired statistics.
+    """
+
+    candidate: str
+    split: str
+    score: float | None
+    n_items: int = 0
+    n_answered: int = 0
+    problem: str = ""
+    outcome: Outcome = Outcome.OK
+    metrics: dict[str, float] = field(default_factory=dict)
+    symptoms: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, Any] = field(default_factory=dict)
+    items: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A candidate with what became of it. `evaluation` is None where nothing could be scored."""
+
+    candidate: Candidate
+    attempt: Attempt
+    evaluation: Evaluation | None
+
+    @property
+    def score(self) -> float | None:
+        """The dev score, or None."""
+        return None if self.evaluation is None else self.evaluation.score
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended: the attempt's outcome, or the verifier's complaint about it."""
+        if self.attempt.outcome is Outcome.OK and self.evaluation is not None:
+            return self.evaluation.outcome
+        return self.attempt.outcome
+
+    @property
+    def reason(self) -> str:
+        """One line on a failure; empty for a scored result."""
+        problem = "" if self.evaluation is None else self.evaluation.problem
+        return self.attempt.reason or problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One turn of the loop, closed.
+
+    Attributes:
+        incumbent: The best candidate so far by dev score alone, after this generation.
+        accepted: Whether the incumbent changed in this generation.
+        gain: How much the incumbent's score improved over the previous incumbent; None for the
+            first score and for generations that changed nothing.
+    """
+
+    index: int
+    candidates: tuple[str, ...]
+    incumbent: str | None
+    best_score: float | None
+    accepted: bool
+    gain: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """Why the loop ended: `reason` is `generations`, `stop`, or `budget`."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """The end of a run, written to `result.json`.
+
+    Attributes:
+        status: `finished`, `interrupted` or `failed`.
+        failures: How many candidates ended in each outcome other than `ok`.
+        tracking: What went wrong in the tracker; empty when nothing did.
+    """
+
+    status: str
+    reason: str
+    best: str | None = None
+    best_score: float | None = None
+    generations: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+    tracking: str = ""
+
+
+def to_json(record: Any) -> bytes:
+    """One line of JSON; keys are sorted, so that equal records are equal bytes."""
+    return msgspec.json.encode(record, order="sorted")
+
+
+def from_json(data: bytes | str, kind: type[T]) -> T:
+    """Inverse of `to_json`.
+
+    Raises:
+        msgspec.ValidationError: `data` does not have the shape of `kind`.
+    """
+    return msgspec.json.decode(data, type=kind)
+
+
+def to_data(record: Any) -> Any:
+    """The record as plain dictionaries, lists and scalars."""
+    return msgspec.to_builtins(record, order="sorted")
+
+
+def from_data(data: Any, kind: type[T]) -> T:
+    """Inverse of `to_data`."""
+    return msgspec.convert(data, type=kind)

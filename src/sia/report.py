@@ -1,0 +1,187 @@
+"""`python -m sia.report RUN...`: what a run did and what the sealed test says, for people."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sia import rundir
+from sia.errors import RunDirectoryError, SiaError
+from sia.records import Candidate, Evaluation, Generation, from_data
+from sia.tasks import find_task_dir, load_task
+from sia.tasks.task import Task
+
+if TYPE_CHECKING:
+    from sia.exam import Exam, Row
+
+WIDTH = 160  # columns that the widest row needs
+HEADER = (
+    "",
+    "dev",
+    "test",
+    "95 % interval",
+    "gain over reference",
+    "dev - test",
+    "seconds",
+    "note",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    from sia import exam
+
+    parser = argparse.ArgumentParser(prog="python -m sia.report", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
+    args = parser.parse_args(argv)
+    console = Console()
+    texts = []
+    try:
+        for run in args.runs:
+            found = exam.read(run)
+            if found is None:
+                raise RunDirectoryError(
+                    f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
+                )
+            show(console, run, found)
+            texts.append(markdown(run, found))
+    except SiaError as error:
+        print(f"sia: {error}", file=sys.stderr)
+        return error.exit_code
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        rundir.write_atomic(args.markdown, "\n\n".join(texts).encode())
+    return 0
+
+
+def show(console: Console, run: Path, exam: "Exam") -> None:
+    """Prints the result table of one run."""
+    extra = _extra_columns(exam)
+    table = Table(title=_title(run, exam), box=None, header_style="bold", title_justify="left")
+    for number, name in enumerate((*HEADER[:-1], *extra.values(), HEADER[-1])):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for cells in _cells(exam, extra):
+        table.add_row(*(Text(cell) for cell in cells))
+    # A narrow terminal breaks the lines; the numbers stay whole.
+    Console(file=console.file, width=max(console.width, WIDTH)).print(table)
+    console.print(_footer(run, exam), markup=False, highlight=False)
+
+
+def markdown(run: Path, exam: "Exam") -> str:
+    """The result table of one run, with the candidates it tried, as Markdown."""
+    extra = _extra_columns(exam)
+    header = (*HEADER[:-1], *extra.values(), HEADER[-1])
+    return "\n".join(
+        [
+            f"## {_title(run, exam)}",
+            "",
+            *_markdown_table(header, _cells(exam, extra)),
+            "",
+            _footer(run, exam),
+            "",
+            "### Candidates",
+            "",
+            *_markdown_table(("candidate", "source", "dev", "incumbent", "changes"), _history(run)),
+            "",
+        ]
+    )
+
+
+def _title(run: Path, exam: "Exam") -> str:
+    info = rundir.read_info(run)
+    return (
+        f"{exam.task}: {exam.metric} on {exam.n_items} sealed test items "
+        f"(meta={info.meta}, seed {info.seed}, run {exam.run_id})"
+    )
+
+
+def _footer(run: Path, exam: "Exam") -> str:
+    result = rundir.read_result(run)
+    spent = f"{result.generations} generations in {result.elapsed_s:.0f} s" if result else ""
+    return (
+        "Chosen by dev score alone. Intervals: bootstrap over test items; gains are paired. "
+        f"{spent}; sandbox {exam.sandbox}; test opened {exam.opened_at}."
+    )
+
+
+def _extra_columns(exam: "Exam") -> dict[str, str]:
+    """Further metrics that the task wants in its table: metric -> header."""
+    task = _task(exam.task)
+    return dict(task.facts.report) if task else {}
+
+
+def _cells(exam: "Exam", extra: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    for row in exam.rows:
+        yield _row_cells(row, extra)
+    task = _task(exam.task)
+    for known in task.facts.published if task else ():
+        blank = ("",) * (len(HEADER) - 4 + len(extra))
+        yield (f"published: {known.name}", "", f"{known.score:.3f}", *blank, known.source)
+
+
+def _row_cells(row: "Row", extra: dict[str, str]) -> tuple[str, ...]:
+    gap = None if row.dev is None or row.test is None else row.dev - row.test
+    name = row.name if row.candidate is None else f"{row.name} ({row.candidate})"
+    return (
+        name,
+        _number(row.dev),
+        _number(row.test),
+        _between(row.low, row.high),
+        f"{row.gain:+.4f} [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
+        if row.gain is not None
+        else "",
+        f"{gap:+.4f}" if gap is not None else "",
+        f"{row.seconds:.1f}" if row.seconds is not None else "",
+        *(_number(row.metrics.get(metric)) for metric in extra),
+        row.note,
+    )
+
+
+def _history(run: Path) -> Iterator[tuple[str, ...]]:
+    """One line per candidate in the order of the search."""
+    records = rundir.records(run)
+    for key in sorted(key for key in records if key.endswith("/candidate")):
+        candidate = from_data(records[key], Candidate)
+        place = key.removesuffix("/candidate")
+        evaluation = records.get(f"{place}/evaluation")
+        score = from_data(evaluation, Evaluation).score if evaluation else None
+        closed = records.get(f"{candidate.generation:04}/generation")
+        incumbent = from_data(closed, Generation).incumbent if closed else None
+        changes = ", ".join(f"{name}={value}" for name, value in candidate.proposal.changes.items())
+        yield (
+            candidate.id, candidate.proposal.source, _number(score), incumbent or "",
+            changes or candidate.problem,
+        )  # fmt: skip
+
+
+def _markdown_table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+def _task(name: str) -> Task | None:
+    """The bundled task of that name; None for one that lives elsewhere."""
+    try:
+        return load_task(find_task_dir(f"tasks/{name}"))
+    except SiaError:
+        return None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

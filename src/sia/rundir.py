@@ -1,0 +1,323 @@
+"""The run directory: made once, locked while in use, safe against a kill at any moment.
+
+run.json       who, what, with which code: written first, exclusively
+config.yaml    the resolved configuration
+journal.jsonl  every finished step, one line each: the truth from which all else is derived
+gen-000/cand-0/  harness/, improvement.md, harness.diff, submission/, agent_execution/, *.log
+result.json    how the run ended; absent while it runs and after a kill
+exam.json      the sealed test, once opened
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from sia.errors import RunDirectoryError, RunDirectoryInUse
+from sia.records import RunResult, from_data, from_json, to_data
+
+T = TypeVar("T")
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+JOURNAL_FILE = "journal.jsonl"
+RESULT_FILE = "result.json"
+EXAM_FILE = "exam.json"
+LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What identifies a run; fixed when it is created.
+
+    Attributes:
+        protocol: Version of the loop's meaning; records of different versions are not compared.
+        created_at: UTC, ISO 8601.
+        provenance: Code revision, packages and hardware, from `sia.provenance`.
+    """
+
+    run_id: str
+    task: str
+    task_version: int
+    meta: str
+    target: str
+    seed: int
+    config_sha256: str
+    created_at: str
+    protocol: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the journal: a finished step.
+
+    Attributes:
+        key: Place of the step in the run, for example `0003/0/attempt`; unique.
+        kind: Name of the record's class.
+        elapsed_s: Time the run had used when the step ended, earlier sessions included.
+        wall_s: What the step itself took.
+    """
+
+    key: str
+    kind: str
+    data: Any
+    elapsed_s: float
+    wall_s: float
+
+
+class Journal:
+    """Append-only memory of finished steps. Safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or creates the journal; a line torn by a kill is cut off.
+
+        Raises:
+            RunDirectoryError: A line in the middle is damaged.
+        """
+        self._path = path
+        self._lock = threading.Lock()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lines, self._size = _parse(path)
+        os.ftruncate(self._fd, self._size)
+        self._done = {line.key: line for line in lines}
+        self._elapsed_before = max((line.elapsed_s for line in lines), default=0.0)
+        self._started = time.monotonic()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds the run has used, earlier sessions included."""
+        return self._elapsed_before + time.monotonic() - self._started
+
+    def step(self, key: str, kind: type[T], make: Callable[[], T]) -> T:
+        """The record of step `key`: read back if the step finished before, else made and written.
+
+        Raises:
+            RunDirectoryError: The line could not be written; the journal holds what it held.
+        """
+        if (line := self._done.get(key)) is not None:
+            return from_data(line.data, kind)
+        started = time.monotonic()
+        record = make()
+        self._append(
+            Line(
+                key=key,
+                kind=kind.__name__,
+                data=to_data(record),
+                elapsed_s=round(self.elapsed_s, 6),
+                wall_s=round(time.monotonic() - started, 6),
+            )
+        )
+        return record
+
+    def close(self) -> None:
+        """Flushes to the disk and closes the file."""
+        with suppress(OSError):
+            os.fsync(self._fd)
+        os.close(self._fd)
+
+    def _append(self, line: Line) -> None:
+        data = msgspec.json.encode(line, order="sorted") + b"\n"
+        with self._lock:
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(self._fd, data[written:], self._size + written)
+            except OSError as error:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._size)
+                raise write_error(self._path, error) from error
+            self._size += len(data)
+            self._done[line.key] = line
+
+
+class RunDir:
+    """A run directory that this process writes to; holds a lock until `close`."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+        self.info = read_info(path)
+        self.journal = Journal(path / JOURNAL_FILE)
+
+    @classmethod
+    def create(cls, path: Path, info: RunInfo, config: str) -> "RunDir":
+        """Makes a new run directory; an empty existing folder is accepted.
+
+        Raises:
+            RunDirectoryInUse: `path` holds a run already.
+            RunDirectoryError: `path` cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock_fd = _lock(path)
+            with (path / RUN_FILE).open("xb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(info, order="sorted")))
+            write_atomic(path / CONFIG_FILE, config.encode())
+        except FileExistsError as error:
+            raise RunDirectoryInUse(
+                f"{path} holds a run already. Continue it: python -m sia resume={path}"
+            ) from error
+        except OSError as error:
+            raise write_error(path, error) from error
+        return cls(path, lock_fd)
+
+    @classmethod
+    def resume(cls, path: Path) -> "RunDir":
+        """Opens an existing run directory to go on with it.
+
+        Raises:
+            RunDirectoryError: `path` holds no run, or its sealed test has been opened.
+            RunDirectoryInUse: Another process is writing to it.
+        """
+        read_info(path)
+        if (path / EXAM_FILE).exists():
+            raise RunDirectoryError(
+                f"The sealed test of {path} has been opened: its search is over. "
+                "Start a new run: python -m sia"
+            )
+        try:
+            return cls(path, _lock(path))
+        except OSError as error:
+            raise write_error(path, error) from error
+
+    def candidate_dir(self, generation: int, index: int) -> Path:
+        """Folder of one candidate; not created here."""
+        return candidate_dir(self.path, generation, index)
+
+    def finish(self, result: RunResult) -> None:
+        """Writes `result.json`."""
+        data = msgspec.json.format(msgspec.json.encode(result, order="sorted"))
+        write_atomic(self.path / RESULT_FILE, data)
+
+    def close(self) -> None:
+        """Closes the journal and gives up the lock."""
+        self.journal.close()
+        os.close(self._lock_fd)
+
+
+def candidate_dir(run: Path, generation: int, index: int) -> Path:
+    """`run/gen-003/cand-0`."""
+    return run / f"gen-{generation:03}" / f"cand-{index}"
+
+
+def read_info(run: Path) -> RunInfo:
+    """The `run.json` of a run directory.
+
+    Raises:
+        RunDirectoryError: There is none, or it is damaged.
+    """
+    try:
+        return from_json((run / RUN_FILE).read_bytes(), RunInfo)
+    except FileNotFoundError as error:
+        raise RunDirectoryError(
+            f"{run} holds no run (no {RUN_FILE}). List yours: ls -d runs/*/*/*"
+        ) from error
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunDirectoryError(f"{run / RUN_FILE} cannot be read: {error}") from error
+
+
+def read_result(run: Path) -> RunResult | None:
+    """The `result.json` of a run directory; None while it runs and after a kill."""
+    try:
+        return from_json((run / RESULT_FILE).read_bytes(), RunResult)
+    except FileNotFoundError:
+        return None
+
+
+def read_journal(run: Path) -> list[Line]:
+    """All finished steps in the order in which they finished; a torn last line is left out."""
+    try:
+        return _parse(run / JOURNAL_FILE)[0]
+    except FileNotFoundError as error:
+        raise RunDirectoryError(f"{run} has no {JOURNAL_FILE}.") from error
+
+
+def records(run: Path) -> dict[str, Any]:
+    """All records of a run by key, times left out: equal for two runs of one seed."""
+    return {line.key: line.data for line in sorted(read_journal(run), key=lambda line: line.key)}
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        RunDirectoryError: The disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a folder if it is there; never follows a symbolic link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def write_error(path: Path, error: OSError) -> RunDirectoryError:
+    """The message for a failed write below `path`."""
+    if isinstance(error, RunDirectoryError):
+        return error
+    if error.errno == errno.ENOSPC:
+        advice = (
+            "The disk is full. Free some space, then go on with the same command and resume=<run>."
+        )
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = "Choose a folder that can be written: python -m sia hydra.run.dir=/tmp/my-run"
+    else:
+        advice = "Nothing that was finished is lost: go on with resume=<run>."
+    return RunDirectoryError(f"Cannot write {path}: {error.strerror}. {advice}")
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise RunDirectoryInUse(
+            f"Another process is writing to {path}. Wait for it, or stop it and resume."
+        ) from error
+    return fd
+
+
+def _parse(path: Path) -> tuple[list[Line], int]:
+    """The lines of a journal, and the size in bytes of its undamaged part."""
+    lines: list[Line] = []
+    size = 0
+    for raw in _whole_lines(path):
+        try:
+            lines.append(from_json(raw, Line))
+        except msgspec.MsgspecError as error:
+            raise RunDirectoryError(
+                f"{path}, line {len(lines) + 1} is damaged ({error}). Restore it from a copy."
+            ) from error
+        size += len(raw)
+    return lines, size
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for raw in file:
+            if raw.endswith(b"\n"):
+                yield raw

@@ -1,0 +1,246 @@
+"""One run from its configuration to `result.json`: directory, parts, loop, progress, ending."""
+
+import hashlib
+import os
+import secrets
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from sia import build, loop, provenance, rundir
+from sia.config import Config
+from sia.errors import ConfigError, NoScoredAttempt, SiaError
+from sia.progress import Progress
+from sia.records import Ending, Outcome, RunResult
+from sia.rundir import CONFIG_FILE, RunDir, RunInfo
+from sia.tasks import data
+
+# What may differ between a run and its continuation: how far it goes, not what it is.
+EXTENDABLE = ("generations", "workers", "budget", "tracking", "resume")
+
+
+def run(
+    node: DictConfig, *, path: Path, choices: Mapping[str, str], overrides: Sequence[str]
+) -> RunResult:
+    """Runs, or resumes, one run in the directory `path`.
+
+    Args:
+        node: The composed configuration.
+        path: The run directory.
+        choices: The chosen option of each group, for `run.json`.
+        overrides: What was given on the command line; a resumed run may not contradict its record.
+
+    Raises:
+        SiaError: The user can mend it.
+        NoScoredAttempt: The loop ended and nothing was scored.
+    """
+    console = Console(stderr=False)
+    resumed = node.resume is not None
+    if resumed:
+        node = _recorded(Path(node.resume), node, overrides)
+        choices = {**choices, **_recorded_choices(Path(path))}
+    cfg = cast(Config, node)
+    checked = build.check(cfg)
+    data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
+    text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
+    if resumed:
+        run_dir = RunDir.resume(path)
+    else:
+        run_dir = RunDir.create(path, _info(cfg, checked, choices, text), text)
+    info = run_dir.info
+    try:
+        _say(console, f"run       {path}")
+        _say(
+            console,
+            f"task      {info.task} v{info.task_version}: {checked.task.facts.title}",
+        )
+        _say(console, f"sandbox   {checked.sandbox.protects}")
+        return _play(cfg, checked, run_dir, console)
+    finally:
+        run_dir.close()
+
+
+def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console) -> RunResult:
+    (run_dir.path / rundir.RESULT_FILE).unlink(missing_ok=True)
+    checked.tracker.start(run_dir.path)
+    parts = build.parts(cfg, checked, run_dir)
+    failures: Counter[str] = Counter()
+    closed: list[loop.Closed] = []
+    status, reason, error = "failed", "", None
+    progress = Progress(
+        console,
+        metric=parts.metric,
+        generations=cfg.generations,
+        wall_s=cfg.budget.wall_s,
+        clock=run_dir.journal,
+    )
+    try:
+        turns = loop.generations(parts, build.limits(cfg, checked.task))
+        with _one_interrupt(), progress, closing(turns):
+            for event in turns:
+                progress.update(event)
+                if isinstance(event, loop.Scored) and event.result.outcome is not Outcome.OK:
+                    failures[event.result.outcome] += 1
+                elif isinstance(event, loop.Closed):
+                    closed.append(event)
+                elif isinstance(event, Ending):
+                    status, reason = "finished", event.detail
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "Ctrl-C"
+    except SiaError as problem:
+        error, reason = problem, str(problem)
+    except BaseException as problem:
+        reason = f"{type(problem).__name__}: {problem}"
+        raise
+    finally:
+        parts.verifier.close()
+        incumbent = closed[-1].incumbent if closed else None
+        if status == "finished" and incumbent is None:
+            status = "failed"
+            counts = ", ".join(f"{name}: {count}" for name, count in sorted(failures.items()))
+            error = NoScoredAttempt(
+                f"No attempt was scored in {len(closed)} generations ({counts}). "
+                f"What the targets printed: {run_dir.path}/gen-*/cand-*/stderr.log"
+            )
+            reason = str(error)
+        result = RunResult(
+            status=status,
+            reason=reason,
+            best=incumbent.candidate.id if incumbent else None,
+            best_score=incumbent.score if incumbent else None,
+            generations=len(closed),
+            failures=dict(failures),
+            elapsed_s=round(run_dir.journal.elapsed_s, 3),
+        )
+        result = _finish(run_dir, result, checked, console, error)
+    if error is not None:
+        raise error
+    return result
+
+
+def _finish(
+    run_dir: RunDir,
+    result: RunResult,
+    checked: build.Checked,
+    console: Console,
+    error: SiaError | None,
+) -> RunResult:
+    """Writes `result.json`, waits for the tracker, and says how it ended."""
+    try:
+        run_dir.finish(result)
+    except SiaError:
+        if error is None:  # a full disk has its message already
+            raise
+    problem: str = checked.tracker.finish()
+    if problem:
+        result = replace(result, tracking=problem)
+        run_dir.finish(result)
+        _say(console, f"tracking  {problem}")
+    if result.failures:
+        counts = ", ".join(f"{name}: {count}" for name, count in sorted(result.failures.items()))
+        _say(console, f"not ok    {counts}")
+    if result.status == "interrupted":
+        _say(
+            console,
+            f"stopped   everything finished is written. Go on: python -m sia resume={run_dir.path}",
+        )
+    elif result.status == "finished":
+        metric = checked.task.metric.name
+        _say(
+            console,
+            f"best      {result.best} with {metric}/dev = {result.best_score:.4f} after "
+            f"{result.generations} generations in {result.elapsed_s:.0f} s ({result.reason})",
+        )
+        _say(console, f"next      open the sealed test: python -m sia.exam {run_dir.path}")
+    return result
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """The first SIGINT or SIGTERM raises KeyboardInterrupt; later ones do not disturb the end."""
+
+    def first(signum: int, frame: Any) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: os.write(2, b"sia: stopping, one moment\n") and None)
+        raise KeyboardInterrupt
+
+    before = {name: signal.signal(name, first) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise  # the quiet handlers stay: what follows is the ending
+    else:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def _info(cfg: Config, checked: build.Checked, choices: Mapping[str, str], text: str) -> RunInfo:
+    now = datetime.now(UTC)
+    task = checked.task
+    return RunInfo(
+        run_id=f"{task.name}-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}",
+        task=task.name,
+        task_version=task.facts.version,
+        meta=choices.get("meta", ""),
+        target=choices.get("target", ""),
+        seed=cfg.seed,
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        created_at=now.isoformat(timespec="seconds"),
+        protocol=loop.PROTOCOL,
+        provenance={
+            **provenance.collect(),
+            "choices": dict(choices),
+            "sandbox": checked.sandbox.name,
+            "public_sha256": provenance.tree_sha256(task.public_dir),
+        },
+    )
+
+
+def _recorded(path: Path, node: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the run at `path`, with what a continuation may change."""
+    rundir.read_info(path)
+    recorded = cast(DictConfig, OmegaConf.load(path / CONFIG_FILE))
+    contradictions = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key.split(".")[0] in EXTENDABLE:
+            continue
+        wanted, found = OmegaConf.select(node, key), OmegaConf.select(recorded, key)
+        if key in node and _plain(wanted) != _plain(found):
+            contradictions.append(
+                f"{override} contradicts the record of {path} ({_plain(found)!r}). "
+                "Leave it out, or start a new run."
+            )
+    if contradictions:
+        raise ConfigError("\n".join(contradictions))
+    given = {override.partition("=")[0].split(".")[0] for override in overrides}
+    for key in EXTENDABLE:
+        if key in given:
+            recorded[key] = node[key]
+    return recorded
+
+
+def _recorded_choices(path: Path) -> dict[str, str]:
+    choices: dict[str, str] = rundir.read_info(path).provenance.get("choices", {})
+    return choices
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _without_resume(node: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "resume"])
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,120 @@
+"""Harness folders inside a run: copied from the parent, edited by the meta backend, then sealed."""
+
+import ast
+import difflib
+import shutil
+from pathlib import Path
+
+from sia.errors import BadProposal, RunDirectoryError
+from sia.provenance import tree_sha256
+from sia.records import Candidate, Proposal
+from sia.rundir import candidate_dir, remove_tree, write_atomic, write_error
+from sia.tasks.task import ENTRY_POINT
+
+MAX_DIFF_LINES = 4_000
+
+
+class Workspaces:
+    """The harness folders of one run."""
+
+    def __init__(self, *, run: Path, first: Path) -> None:
+        """Candidates without a parent start from a copy of `first`."""
+        self._run = run
+        self._first = first
+
+    def folder(self, candidate: Candidate) -> Path:
+        """Where everything about a candidate lies."""
+        return candidate_dir(self._run, candidate.generation, candidate.index)
+
+    def harness(self, candidate: Candidate) -> Path:
+        """The sealed harness of a candidate."""
+        return self.folder(candidate) / "harness"
+
+    def open(self, generation: int, index: int, parent: Candidate | None) -> Path:
+        """A fresh copy of the parent's harness, to be edited in place; leftovers of a kill go."""
+        folder = candidate_dir(self._run, generation, index)
+        source = self._first if parent is None else self.harness(parent)
+        try:
+            remove_tree(folder)
+            folder.mkdir(parents=True)
+            shutil.copytree(
+                source,
+                folder / "harness",
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+        except OSError as error:
+            raise write_error(folder, error) from error
+        except shutil.Error as error:
+            raise RunDirectoryError(f"Cannot copy {source} to {folder}: {error}") from error
+        return folder / "harness"
+
+    def seal(self, harness: Path, parent: Candidate | None, proposal: Proposal) -> str:
+        """Checks an edited harness, writes `improvement.md` and `harness.diff` beside it.
+
+        Returns:
+            The digest of the harness.
+
+        Raises:
+            BadProposal: No attempt could come of it.
+        """
+        check_harness(harness)
+        before = self._first if parent is None else self.harness(parent)
+        write_atomic(harness.parent / "improvement.md", render(proposal, parent).encode())
+        write_atomic(harness.parent / "harness.diff", diff(before, harness).encode())
+        return tree_sha256(harness)
+
+
+def check_harness(harness: Path) -> None:
+    """Finds what would make an attempt useless before it costs anything.
+
+    Raises:
+        BadProposal: The entry point is missing, empty, or not Python.
+    """
+    entry = harness / ENTRY_POINT
+    if entry.is_symlink() or not entry.is_file():
+        raise BadProposal(f"the harness has no file {ENTRY_POINT}")
+    try:
+        tree = ast.parse(entry.read_bytes(), filename=ENTRY_POINT)
+    except (SyntaxError, ValueError) as error:
+        raise BadProposal(f"{ENTRY_POINT} is not valid Python: {error}") from error
+    if not tree.body:
+        raise BadProposal(f"{ENTRY_POINT} is empty")
+
+
+def render(proposal: Proposal, parent: Candidate | None) -> str:
+    """`improvement.md`: what was changed, why, and what is expected of it."""
+    changes = "\n".join(f"- `{name}`: {value!r}" for name, value in proposal.changes.items())
+    return (
+        f"# {proposal.source or 'proposal'}\n\n"
+        f"Parent: {parent.id if parent else 'the reference harness'}\n\n"
+        f"## Hypothesis\n\n{proposal.hypothesis}\n\n"
+        f"## Evidence\n\n{proposal.evidence or 'none'}\n\n"
+        f"## Expected effect\n\n{proposal.expected_effect or 'not stated'}\n\n"
+        f"## Changes\n\n{changes or 'none'}\n"
+    )
+
+
+def diff(before: Path, after: Path) -> str:
+    """Unified diff of the text files of two folders; cut after `MAX_DIFF_LINES` lines."""
+    old, new = _texts(before), _texts(after)
+    lines: list[str] = []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            lines += difflib.unified_diff(
+                old.get(name, "").splitlines(keepends=True),
+                new.get(name, "").splitlines(keepends=True),
+                fromfile=f"a/{name}",
+                tofile=f"b/{name}",
+            )
+    if len(lines) > MAX_DIFF_LINES:
+        lines = [*lines[:MAX_DIFF_LINES], f"… {len(lines) - MAX_DIFF_LINES} more lines\n"]
+    return "".join(lines)
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    texts = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts:
+            texts[path.relative_to(folder).as_posix()] = path.read_text("utf-8", errors="replace")
+    return texts
