@@ -2,11 +2,11 @@
 
 knobs:
   classifier.C: {low: 0.1, high: 30.0, log: true, idea: Less regularisation fits rare charges}
-  rerank.on: {values: [false, true], idea: ...}
-  rerank.top_k: {values: [3, 5], needs: {rerank.on: true}, idea: ...}
+  rerank.use: {values: [false, true], idea: ...}
+  rerank.top_k: {values: [3, 5], needs: {rerank.use: true}, idea: ...}
 moves:
   - when: {symptom: in_top5_share, above: 0.08}
-    set: {rerank.on: true}
+    set: {rerank.use: true}
     hypothesis: ...
     expect: "+0.5 to +1.5 points"
 """
@@ -22,6 +22,8 @@ import yaml
 from sia.errors import TaskError
 
 Knobs = dict[str, Any]
+
+BOOLEANS = ("on", "off", "yes", "no")  # to YAML 1.1, which PyYAML reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,10 @@ def read_knobs(harness: Path, space: Space) -> Knobs:
         node = tree
         for part in name.split("."):
             if not isinstance(node, dict) or part not in node:
-                raise TaskError(f"{path} has no value for the knob {name!r} of space.yaml.")
+                hint = (
+                    " YAML reads this name as a boolean: call it `use`." if part in BOOLEANS else ""
+                )
+                raise TaskError(f"{path} has no value for the knob {name!r} of space.yaml.{hint}")
             node = node[part]
         values[name] = node
     return values

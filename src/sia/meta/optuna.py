@@ -126,16 +126,11 @@ class OptunaBackend:
         return None
 
     def _trial(self, request: Request, space: Space, base: Knobs) -> Proposal:
-        study = self._tell(request, space)
-        import optuna
-
-        sampler = optuna.samplers.TPESampler(
-            seed=request.seed, n_startup_trials=self._startup_trials
-        )
+        study = self._study_to_ask(request, space)
         rng = np.random.default_rng(request.seed)
         tried = _tried(request, space)
         for _ in range(MAX_ASKS):
-            knobs = self._ask(study, sampler, space, base, rng)
+            knobs = self._ask(study, space, base, rng)
             if _key(knobs) not in tried:
                 break
         else:
@@ -154,25 +149,21 @@ class OptunaBackend:
     def _ask(
         self,
         study: "optuna.Study",
-        sampler: "optuna.samplers.BaseSampler",
         space: Space,
         base: Knobs,
         rng: np.random.Generator,
     ) -> Knobs:
         """The incumbent with a few active knobs set to what the sampler suggests."""
-        from optuna.trial import TrialState, create_trial
-
         names = [name for name, knob in space.knobs.items() if knob.active(base)]
         turned = rng.permutation(len(names))[: int(rng.integers(1, self._knobs_per_trial + 1))]
         queue = [names[i] for i in sorted(turned)]
-        trial = create_trial(state=TrialState.RUNNING)
+        trial = study.ask()
         knobs = dict(base)
         while queue:
             name = queue.pop(0)
             before = {other for other, knob in space.knobs.items() if knob.active(knobs)}
             knob = space.knobs[name]
-            suggested = sampler.sample_independent(study, trial, name, _distribution(knob))
-            knobs[name] = _rounded(knob, suggested)
+            knobs[name] = _rounded(knob, _suggest(trial, name, knob))
             # A knob that has just been switched on brings its own settings with it.
             queue += [
                 other
@@ -180,6 +171,22 @@ class OptunaBackend:
                 if name in knob.needs and other not in before and knob.active(knobs)
             ]
         return settle(space, knobs, base)
+
+    def _study_to_ask(self, request: Request, space: Space) -> "optuna.Study":
+        """A study in memory with all that was told, and a sampler with this proposal's seed.
+
+        Asking the one in the run directory would leave open trials there, and a kill between
+        asking and scoring would change what comes after it.
+        """
+        import optuna
+
+        told = self._tell(request, space)
+        sampler = optuna.samplers.TPESampler(
+            seed=request.seed, n_startup_trials=self._startup_trials
+        )
+        study = optuna.create_study(sampler=sampler, direction=told.direction)
+        study.add_trials(told.get_trials(deepcopy=False))
+        return study
 
     def _tell(self, request: Request, space: Space) -> "optuna.Study":
         """The study with every scored candidate of the history told."""
@@ -210,6 +217,7 @@ def _open_study(state: Path, metric: Metric) -> "optuna.Study":
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
+    from optuna.study import StudyDirection
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     state.mkdir(parents=True, exist_ok=True)
@@ -218,7 +226,7 @@ def _open_study(state: Path, metric: Metric) -> "optuna.Study":
     return optuna.create_study(
         study_name="harness",
         storage=JournalStorage(JournalFileBackend(str(log))),
-        direction="maximize" if metric.direction == "maximize" else "minimize",
+        direction=StudyDirection[metric.direction.upper()],
     )
 
 
@@ -236,6 +244,16 @@ def _distribution(knob: Knob) -> "optuna.distributions.BaseDistribution":
     if isinstance(knob.low, int) and isinstance(knob.high, int):
         return IntDistribution(knob.low, knob.high, log=knob.log)
     return FloatDistribution(knob.low, knob.high, log=knob.log)
+
+
+def _suggest(trial: "optuna.Trial", name: str, knob: Knob) -> Any:
+    if knob.values:
+        return trial.suggest_categorical(name, knob.values)
+    assert knob.low is not None
+    assert knob.high is not None
+    if isinstance(knob.low, int) and isinstance(knob.high, int):
+        return trial.suggest_int(name, knob.low, knob.high, log=knob.log)
+    return trial.suggest_float(name, knob.low, knob.high, log=knob.log)
 
 
 def _rounded(knob: Knob, value: Any) -> Any:

@@ -1,0 +1,189 @@
+"""The embedded backend against a landscape whose answer is known."""
+
+import shutil
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from sia.errors import BadProposal
+from sia.feedback import Shown
+from sia.meta import Request
+from sia.meta.optuna import EXHAUSTED, OptunaBackend
+from sia.records import Candidate, Lever, Outcome, Proposal
+from sia.tasks.task import Metric
+
+UP = Metric(name="accuracy")
+HARNESS = "a: 0.1\nb: x\nc: {use: false, depth: 1}\n"
+SPACE = """\
+knobs:
+  a: {low: 0.0, high: 1.0, idea: A real number}
+  b: {values: [x, y, z], idea: A name}
+  c.use: {values: [false, true], idea: A switch}
+  c.depth: {low: 1, high: 4, needs: {c.use: true}, idea: A depth}
+moves:
+  - {when: {symptom: absent, above: 0.0}, set: {b: z}, hypothesis: never, expect: nothing}
+  - {when: {symptom: ill, above: 0.5}, set: {c.use: true, c.depth: 2}, hypothesis: h, expect: much}
+"""
+
+
+def landscape(knobs: dict[str, object]) -> float:
+    """Best at a=0.7, b=y, c.use; at most 1."""
+    assert isinstance(knobs["a"], float)
+    return (
+        1.0 - abs(knobs["a"] - 0.7) - 0.2 * (knobs["b"] != "y") - 0.2 * (knobs["c.use"] is not True)
+    )
+
+
+class Search:
+    """Plays the loop around a backend: keep-best over the landscape."""
+
+    def __init__(self, folder: Path, backend: OptunaBackend) -> None:
+        self.folder = folder
+        self.backend = backend
+        self.history: list[Shown] = []
+        self.reference = folder / "reference"
+        self.reference.mkdir(parents=True, exist_ok=True)
+        (self.reference / "harness.yaml").write_text(HARNESS)
+        (self.reference / "space.yaml").write_text(SPACE)
+
+    def incumbent(self) -> Shown | None:
+        return max(self.history, key=lambda past: past.score or 0.0, default=None)
+
+    def request(self, siblings: tuple[Proposal, ...] = ()) -> Request:
+        generation, best = len(self.history), self.incumbent()
+        workspace = self.folder / f"gen-{generation}"
+        shutil.rmtree(workspace, ignore_errors=True)
+        source = self.folder / f"gen-{best.candidate.generation}" if best else self.reference
+        shutil.copytree(source, workspace)
+        return Request(
+            generation=generation,
+            index=len(siblings),
+            workspace=workspace,
+            parent=best.candidate if best else None,
+            history=tuple(self.history),
+            siblings=siblings,
+            state=self.folder / "meta",
+            metric=UP,
+            seed=1000 + generation,
+        )
+
+    def turn(self) -> Proposal:
+        proposal = self.backend.propose(self.request())
+        generation = len(self.history)
+        candidate = Candidate(
+            id=f"g{generation:03}-c0",
+            generation=generation,
+            index=0,
+            parent=None,
+            proposal=proposal,
+        )
+        self.history.append(
+            Shown(
+                candidate=candidate,
+                outcome=Outcome.OK,
+                reason="",
+                score=landscape(proposal.knobs),
+                symptoms={"ill": 0.9 if not proposal.knobs["c.use"] else 0.0},
+            )
+        )
+        return proposal
+
+
+def test_the_first_proposal_is_the_reference_unchanged(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    proposal = search.turn()
+    assert proposal.source == "reference"
+    assert proposal.knobs == {"a": 0.1, "b": "x", "c.use": False, "c.depth": 1}
+    assert (tmp_path / "gen-0" / "harness.yaml").read_text() == HARNESS
+
+
+def test_a_symptom_brings_its_move_once_and_states_the_evidence(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    search.turn()
+    proposal = search.turn()
+    assert proposal.source == "move:1"
+    assert proposal.changes == {"c.use": True, "c.depth": 2}
+    assert proposal.evidence.startswith("ill = 0.900 (> 0.5)")
+    assert proposal.expected_effect == "much"
+    assert [search.turn().source for _ in range(5)] == ["tpe"] * 5
+
+
+def test_without_moves_every_proposal_is_a_trial(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend(use_moves=False))
+    search.turn()
+    assert search.turn().source == "tpe"
+
+
+def test_the_optimum_is_approached_and_nothing_is_proposed_twice(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    for _ in range(40):
+        search.turn()
+    seen = [repr(sorted(past.candidate.proposal.knobs.items())) for past in search.history]
+    assert len(set(seen)) == len(seen)
+    best = search.incumbent()
+    assert best is not None
+    assert best.score is not None
+    assert best.score > 0.9
+    assert best.candidate.proposal.knobs["b"] == "y"
+
+
+def test_a_resumed_backend_proposes_what_the_unbroken_one_proposed(tmp_path: Path) -> None:
+    unbroken = Search(tmp_path / "unbroken", OptunaBackend())
+    resumed = Search(tmp_path / "resumed", OptunaBackend())
+    for _ in range(12):
+        expected = unbroken.turn()
+        resumed.backend = OptunaBackend()
+        assert resumed.turn() == expected
+
+
+def test_the_study_in_the_run_directory_holds_every_scored_candidate(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    for _ in range(6):
+        search.turn()
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "meta" / "study.log")))
+    study = optuna.load_study(study_name="harness", storage=storage)
+    told = {trial.user_attrs["candidate"]: trial.value for trial in study.trials}
+    assert told == {past.candidate.id: past.score for past in search.history[:5]}
+
+
+def test_an_exhausted_space_is_a_bad_proposal_and_then_a_stop(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    (search.reference / "harness.yaml").write_text("b: x\n")
+    (search.reference / "space.yaml").write_text("knobs: {b: {values: [x, y], idea: i}}")
+    backend = search.backend
+    first = backend.propose(search.request())
+    candidate = Candidate(id="g000-c0", generation=0, index=0, parent=None, proposal=first)
+    search.history.append(Shown(candidate=candidate, outcome=Outcome.OK, reason="", score=0.5))
+    second = backend.propose(search.request())
+    assert second.changes == {"b": "y"}
+    with pytest.raises(BadProposal, match=EXHAUSTED):
+        backend.propose(search.request(siblings=(second,)))
+    failed = Shown(candidate=candidate, outcome=Outcome.BAD_PROPOSAL, reason=EXHAUSTED, score=None)
+    assert backend.decide([*search.history, failed], UP).lever is Lever.STOP
+
+
+def test_the_plateau_rule_counts_generations_without_a_gain(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend(patience=3))
+    search.turn()
+    scores = [0.5, 0.6, 0.6, 0.55, 0.6]
+    history = []
+    for generation, score in enumerate(scores):
+        past = search.history[0]
+        candidate = Candidate(
+            id=f"g{generation:03}-c0",
+            generation=generation,
+            index=0,
+            parent=None,
+            proposal=past.candidate.proposal,
+        )
+        history.append(Shown(candidate=candidate, outcome=Outcome.OK, reason="", score=score))
+    backend = search.backend
+    assert backend.decide(history[:4], UP).lever is Lever.HARNESS
+    stop = backend.decide(history, UP)
+    assert stop.lever is Lever.STOP
+    assert stop.evidence == "3 generations without a gain of 0 over g001-c0."
+    picky = OptunaBackend(patience=4, min_gain=0.2)
+    assert picky.decide(history, UP).lever is Lever.STOP
