@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -11,6 +12,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from sia.config import register
 
 HIDDEN_GROUPS = ("hydra", "schema")
 HELP = "Groups and options: python -m sia --help"
@@ -24,6 +27,9 @@ def explain(argv: Sequence[str], error: Exception) -> str:
         error: What Hydra or OmegaConf raised.
     """
     texts, folder = split_arguments(argv)
+    if folder is not None and not Path(folder).is_dir():
+        return f"-cd {folder}: there is no such folder, from here ({Path.cwd()})."
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_module("sia.conf", version_base="1.3"):
         found = list(_faults(texts, folder))
@@ -47,14 +53,15 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 def options(folder: str | None = None) -> dict[str, list[str]]:
     """All groups with their options, those of a user's own folder included. Needs Hydra set up."""
-    config = f"hydra.searchpath=[file://{folder}]"
-    compose("config", overrides=[config] if folder else [])
     loader = GlobalHydra.instance().config_loader()
-    return {
+    found = {
         group: loader.get_group_options(group)
         for group in loader.list_groups("")
         if group not in HIDDEN_GROUPS
     }
+    for file in sorted(Path(folder).glob("*/*.yaml")) if folder else ():
+        found.setdefault(file.parent.name, []).append(file.stem)
+    return found
 
 
 def _faults(texts: Sequence[str], folder: str | None) -> Iterator[str]:
@@ -66,10 +73,13 @@ def _faults(texts: Sequence[str], folder: str | None) -> Iterator[str]:
         except HydraException as error:
             yield f"{text!r} is not key=value: {_first_line(error)}"
     groups = options(folder)
-    chosen: list[str] = [f"hydra.searchpath=[file://{folder}]"] if folder else []
+    chosen = [f"hydra.searchpath=[file://{Path(folder).resolve()}]"] if folder else []
     for override in overrides:
         name = override.key_or_group
         if name in groups and not isinstance(override.value(), dict):
+            if override.value() is None and not override.is_delete():
+                yield f"{override.input_line}: to choose nothing of {name}, leave it out."
+                continue
             for option in _options_of(override):
                 if option is not None and option not in groups[name]:
                     yield (

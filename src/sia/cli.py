@@ -8,6 +8,7 @@
 
 import os
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -41,16 +42,24 @@ def main() -> None:
     def job(cfg: DictConfig) -> float | None:
         return _job(cfg)
 
+    # Hydra only warns of a folder that is not there, and then knows none of its options.
+    warnings.filterwarnings("error", message="provider=.* is not available")
     try:
         job()
     except SiaError as error:
         _fail(str(error), error.exit_code)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, UserWarning) as error:
         from sia import advice
 
         _fail(advice.explain(argv, error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except ValueError as error:
+        if "Config group override" not in str(error):  # `experiment=null`
+            raise
+        from sia import advice
+
+        _fail(advice.explain(argv, error), 2)
     except OSError as error:
         if error.filename is None or "runs" not in str(error.filename):
             raise

@@ -44,6 +44,8 @@ def leaks(task: Task) -> Iterator[str]:
         if path.is_symlink():
             yield f"public/{name} is a symbolic link"
         for secret, data in private.items():
+            if _is_copy(secret, data, path, content, answers):
+                continue
             if data.strip() and data.strip() in content:
                 yield f"public/{name} holds {secret.relative_to(task.root)}"
         for number, row in enumerate(_rows(path, content), start=1):
@@ -51,6 +53,16 @@ def leaks(task: Task) -> Iterator[str]:
             for item in cells & answers.keys():
                 if answers[item] in cells:
                     yield f"public/{name}, row {number}: {item!r} beside its private label"
+
+
+def _is_copy(
+    secret: Path, data: bytes, path: Path, content: bytes, answers: dict[str, str]
+) -> bool:
+    """Whether a private file repeats a public one and names no item, as a list of labels does."""
+    if secret.name != path.name or data != content:
+        return False
+    text = data.decode("utf-8", errors="replace")
+    return not any(item in text for item in answers)
 
 
 def _expected(task: Task, name: str, split: str) -> float | None:

@@ -1,0 +1,127 @@
+"""Every option of every group composes, validates and builds."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from sia import advice, build, help
+from sia.errors import ConfigError, SiaError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+GROUPS = (
+    "task", "meta", "provider", "target", "weights", "search", "feedback", "sandbox", "tracking",
+    "experiment", "debug", "sweep",
+)  # fmt: skip
+# What an option cannot do without, and where it cannot be built on every machine.
+NEEDS = {"meta=replay": ["meta.run=RECORDED"]}
+MACHINE = {"sandbox=docker", "sandbox=bwrap"}
+
+
+def options() -> Iterator[str]:
+    for group in GROUPS:
+        for file in sorted((CONF / group).glob("*.yaml")):
+            yield f"{group}={file.stem}"
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    (tmp_path / "journal.jsonl").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", list(options()))
+def test_every_option_composes_validates_and_builds(
+    option: str, composed: Callable, recorded: Path
+) -> None:
+    needs = [text.replace("RECORDED", str(recorded)) for text in NEEDS.get(option, [])]
+    cfg = composed([option, *needs])
+    assert not OmegaConf.missing_keys(cfg)
+    try:
+        checked = build.check(cfg)
+    except SiaError:
+        assert option in MACHINE
+        return
+    assert checked.task.name in ("lawbench", "toy")
+    assert build.limits(cfg, checked.task).generations >= 1
+
+
+@pytest.mark.parametrize("option", list(options()))
+def test_every_option_says_in_a_comment_what_it_is(option: str) -> None:
+    group, name = option.split("=")
+    text = (CONF / group / f"{name}.yaml").read_text()
+    comments = [line for line in text.splitlines() if line.startswith("# ")]
+    assert comments[-1] if comments else False, f"conf/{group}/{name}.yaml opens without a comment"
+    assert f"{name:22} {comments[-1].lstrip('# ')}" in help.text() or "@package" in comments[0]
+    assert len(text.splitlines()) <= 40
+
+
+def test_the_defaults_are_what_the_readme_says(composed: Callable) -> None:
+    cfg = composed([])
+    assert cfg.task.name == "lawbench"
+    assert cfg.meta._target_ == "sia.meta.optuna.OptunaBackend"
+    assert cfg.target.harness == "reference"
+    assert cfg.weights.name == "none"
+    assert (cfg.search._target_, cfg.search.candidates) == ("sia.search.KeepBest", 1)
+    assert cfg.sandbox._target_ == "sia.target.sandbox.auto.auto"
+
+
+def test_every_group_is_documented_in_the_help() -> None:
+    primary = yaml.safe_load((CONF / "config.yaml").read_text())
+    groups = {g for entry in primary["defaults"] if isinstance(entry, dict) for g in entry}
+    assert set(GROUPS) <= groups
+    for group in GROUPS:
+        assert f"\n  {group}\n" in help.text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["task=lawbnech"], "Did you mean 'lawbench'? Options: lawbench, toy."),
+        (["generatons=3"], "There is no key 'generatons'. Did you mean 'generations'?"),
+        (["search.candidate=3"], "Did you mean 'search.candidates'?"),
+        (["candidates=3"], "Did you mean 'search.candidates'?"),
+        (["sandbox.limits.memory_mb=3"], "Did you mean 'sandbox.limits.memory_mib'?"),
+        (["tsk=toy"], "There is no key 'tsk'. Did you mean 'task'?"),
+        (["debug=fst"], "Did you mean 'fast'?"),
+        (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["foo"], "'foo' is not key=value"),
+        (["-m", "task=toy,lawbnech"], "task='lawbnech' is not an option of task."),
+    ],
+)
+def test_a_typo_names_the_nearest_right_one(argv: list[str], message: str) -> None:
+    assert message in advice.explain(argv, HydraException("?"))
+
+
+def test_all_faults_of_a_command_line_are_named_together() -> None:
+    found = advice.explain(["meta=optna", "generatons=2", "seed=x"], HydraException("?"))
+    assert len(found.splitlines()) == 3
+
+
+def test_options_of_a_users_own_folder_count(tmp_path: Path) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text("# My task\nname: mine\ndir: somewhere\n")
+    found = advice.explain(["-cd", str(tmp_path), "task=mien"], HydraException("?"))
+    assert "Did you mean 'mine'?" in found
+
+
+def test_values_out_of_range_are_reported_together(composed: Callable) -> None:
+    cfg = composed(["generations=0", "workers=0", "budget.wall_s=-1"])
+    with pytest.raises(ConfigError) as error:
+        build.check(cfg)
+    assert str(error.value).count("\n") == 2
+
+
+def test_a_target_outside_sia_is_not_built_unless_trusted(composed: Callable) -> None:
+    cfg = composed(["meta._target_=os.system"])
+    with pytest.raises(ConfigError, match=r"trusted_packages=\[os\]"):
+        build.check(cfg)
+
+
+def test_a_harness_folder_without_entry_point_is_named(composed: Callable, tmp_path: Path) -> None:
+    cfg = composed(["task=toy", f"target.harness={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"neither 'reference' nor a folder with a target_agent"):
+        build.check(cfg)
