@@ -1,0 +1,163 @@
+"""Takes results out of a working folder that its target may have booby-trapped.
+
+Every name is opened relative to a descriptor of its folder, without following links, and only
+regular files are read: a link to a host file or a pipe without a writer is refused.
+"""
+
+import itertools
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+MAX_ENTRIES = 100_000
+MAX_DEPTH = 100
+MAX_TRAJECTORIES = 5_000
+MAX_TRAJECTORIES_MIB = 64
+TRAJECTORY = "agent_execution.json"
+TRAJECTORIES = "agent_execution"
+
+_ITEM = re.compile(r"execution_q[A-Za-z0-9._-]{1,100}\.json")
+_CHUNK = 2**20
+
+
+class Refused(Exception):
+    """A file cannot be taken; the message says which and why."""
+
+
+def collect_submission(work_fd: int, files: Sequence[str], *, max_mib: float, out: Path) -> None:
+    """Copies the submission's files below `out`.
+
+    Args:
+        work_fd: The working folder, opened before the target could replace it.
+        files: Relative paths, all of them required.
+        max_mib: Size of all files together.
+        out: A new folder.
+
+    Raises:
+        Refused: A file is missing, is not a regular file, or is too large. `out` may be incomplete.
+    """
+    out.mkdir()
+    left = int(max_mib * 2**20)
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        left -= _take(work_fd, name, out / name, left)
+
+
+def collect_trajectories(work_fd: int, out: Path) -> int:
+    """Copies `agent_execution.json` and `agent_execution/execution_q*.json` into `out`.
+
+    What is not a regular file or goes beyond the bounds on count and size is left behind. Returns
+    how many files were taken; `out` is made only for some.
+    """
+    names = [TRAJECTORY]
+    try:
+        folder = os.open(TRAJECTORIES, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=work_fd)
+    except OSError:
+        pass
+    else:
+        try:
+            with os.scandir(folder) as entries:
+                found = [entry.name for entry in itertools.islice(entries, MAX_ENTRIES)]
+        finally:
+            os.close(folder)
+        names += [f"{TRAJECTORIES}/{name}" for name in sorted(found) if _ITEM.fullmatch(name)]
+    left = MAX_TRAJECTORIES_MIB * 2**20
+    taken = 0
+    for name in names[:MAX_TRAJECTORIES]:
+        out.mkdir(exist_ok=True)
+        try:
+            left -= _take(work_fd, name, out / Path(name).name, left)
+        except Refused:
+            continue
+        taken += 1
+    if not taken and out.is_dir():
+        out.rmdir()
+    return taken
+
+
+def excess(folder: Path, max_mib: int) -> str:
+    """What a working folder has too much of; empty while it is within bounds.
+
+    Counts blocks on disk, at most `MAX_ENTRIES` files and `MAX_DEPTH` levels.
+    """
+    left = max_mib * 2**20
+    entries = 0
+    queue = [(str(folder), 0)]
+    while queue:
+        path, depth = queue.pop()
+        if depth > MAX_DEPTH:
+            return f"nested folders deeper than {MAX_DEPTH} levels"
+        try:
+            with os.scandir(path) as listing:
+                for entry in listing:
+                    entries += 1
+                    if entries > MAX_ENTRIES:
+                        return f"made more than {MAX_ENTRIES} files"
+                    try:
+                        left -= entry.stat(follow_symlinks=False).st_blocks * 512
+                        if entry.is_dir(follow_symlinks=False):
+                            queue.append((entry.path, depth + 1))
+                    except OSError:  # removed meanwhile
+                        continue
+                    if left < 0:
+                        return f"wrote more than {max_mib} MiB"
+        except OSError:  # removed meanwhile, or closed to us
+            continue
+    return ""
+
+
+def _take(work_fd: int, name: str, out: Path, max_bytes: int) -> int:
+    """Copies one regular file; returns its size.
+
+    Raises:
+        Refused: It is missing, not a regular file, or larger than `max_bytes`.
+    """
+    source = _open(work_fd, name)
+    try:
+        size = os.fstat(source).st_size
+        if size <= max_bytes:
+            with out.open("xb") as copy:
+                size = 0
+                while size <= max_bytes and (chunk := os.read(source, _CHUNK)):
+                    copy.write(chunk)
+                    size += len(chunk)
+    except OSError as error:
+        raise Refused(f"{name} cannot be copied ({error.strerror})") from error
+    finally:
+        os.close(source)
+    if size > max_bytes:
+        out.unlink(missing_ok=True)
+        raise Refused(f"{name} is too large: {max_bytes} bytes are allowed, it has {size}")
+    return size
+
+
+def _open(work_fd: int, name: str) -> int:
+    """A descriptor of one regular file below the working folder, no link on the way followed."""
+    *folders, last = Path(name).parts
+    fd = os.dup(work_fd)
+    try:
+        for folder in folders:
+            above, fd = fd, os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(above)
+        mode = os.stat(last, dir_fd=fd, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode):
+            raise Refused(f"{name} is a symbolic link; only regular files are taken")
+        if not stat.S_ISREG(mode):
+            raise Refused(f"{name} is not a regular file")
+        # A pipe that took its place meanwhile would make a blocking open wait for ever.
+        above, fd = fd, os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+        os.close(above)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise Refused(f"{name} is not a regular file")
+    except FileNotFoundError:
+        os.close(fd)
+        raise Refused(f"no {name} in the working folder") from None
+    except OSError as error:
+        os.close(fd)
+        raise Refused(f"{name} cannot be opened ({error.strerror})") from error
+    except Refused:
+        os.close(fd)
+        raise
+    return fd

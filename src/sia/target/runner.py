@@ -1,0 +1,221 @@
+"""Runs one candidate in a sandbox and takes what it has made out of its working folder."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from sia.errors import TargetError
+from sia.records import Attempt, Outcome
+from sia.target.collect import Refused, collect_submission, collect_trajectories
+from sia.target.environments import BuildFailed, Environments, current_runtime
+from sia.target.execution import Cancel, Execution, execute
+from sia.target.protocol import Job, Limits, Sandbox
+from sia.tasks.task import Task
+
+MAX_SLOTS = 800
+# All that a run leaves in `out`, and what an earlier one that was killed may have left there.
+LEAVINGS = (
+    "work", "inputs", "submission", "agent_execution", "stdout.log", "stderr.log", "usage.json",
+)  # fmt: skip
+
+
+class HarnessRunner:
+    """The Target that executes harnesses as processes of this machine.
+
+    Args:
+        sandbox: Confines every attempt.
+        environments: Gives each harness its interpreter.
+        task: Says what a submission is made of.
+        limits: Of every attempt.
+        data: What targets see; None means the public side of the task.
+    """
+
+    def __init__(
+        self,
+        *,
+        sandbox: Sandbox,
+        environments: Environments,
+        task: Task,
+        limits: Limits,
+        data: Path | None = None,
+    ) -> None:
+        self._sandbox = sandbox
+        self._environments = environments
+        self._submission = task.facts.submission
+        self._limits = limits
+        self._data = (data or task.public_dir).resolve()
+        self._data_checked = False
+        self._lock = threading.Lock()
+        self._active: set[Cancel] = set()
+
+    def check(self) -> None:
+        """Whether attempts can be started at all. `run` asks too; cheap after the first success.
+
+        Raises:
+            TargetError: The sandbox does not work here, or would hide part of the data.
+        """
+        self._sandbox.check()
+        if self._sandbox.shields_data and not self._data_checked:
+            _refuse_outward_links(self._data)
+        self._data_checked = True
+
+    def run(self, candidate: str, *, harness: Path, out: Path, deadline_s: float) -> Attempt:
+        """Executes one candidate; the contract is that of `sia.target.protocol.Target`."""
+        cancel = Cancel()
+        with self._lock:
+            self._active.add(cancel)
+        try:
+            self.check()
+            return self._run(candidate, harness.resolve(), out.resolve(), deadline_s, cancel)
+        finally:
+            with self._lock:
+                self._active.discard(cancel)
+                cancel.close()
+
+    def cancel(self) -> None:
+        """Makes every `run` in progress kill its processes and raise KeyboardInterrupt."""
+        with self._lock:
+            for cancel in self._active:
+                cancel.set()
+
+    def _run(
+        self, candidate: str, harness: Path, out: Path, deadline_s: float, cancel: Cancel
+    ) -> Attempt:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in LEAVINGS:
+            _remove(out / name)
+        runtime = current_runtime()
+        if self._sandbox.host_runtime:
+            try:
+                runtime = self._environments.runtime(harness, cancelled=cancel.is_set)
+            except BuildFailed as failure:
+                _write_logs(out, stdout="", stderr=failure.log, usage={})
+                return Attempt(candidate=candidate, outcome=Outcome.CRASHED, reason=str(failure))
+        work = out / "work"
+        work.mkdir(mode=0o700)
+        # Opened now: later its name may lead somewhere else.
+        work_fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            data = self._data
+            if not self._sandbox.shields_data:
+                data = _copy(data, out / "inputs" / "data", follow_links=True)
+                harness = _copy(harness, out / "inputs" / "harness", follow_links=False)
+            with _slot() as slot:
+                job = Job(
+                    data=data,
+                    harness=harness,
+                    work=work,
+                    runtime=runtime,
+                    limits=self._limits,
+                    slot=slot,
+                    marker=secrets.token_hex(8),
+                )
+                launch = self._sandbox.launch(job)
+                execution = execute(launch, job, deadline_s=deadline_s, cancel=cancel)
+            _write_logs(
+                out,
+                stdout=execution.stdout.text(),
+                stderr=execution.stderr.text(),
+                usage={**execution.usage, "sandbox": self._sandbox.name},
+            )
+            return self._collect(candidate, execution, work_fd, out)
+        finally:
+            os.close(work_fd)
+            _remove(work)
+            _remove(out / "inputs")
+
+    def _collect(self, candidate: str, execution: Execution, work_fd: int, out: Path) -> Attempt:
+        """Takes trajectories always, and the submission of a target that ended well."""
+        trajectories = collect_trajectories(work_fd, out / "agent_execution")
+        outcome, reason = execution.outcome, execution.reason
+        if outcome is Outcome.OK:
+            files, max_mib = self._submission.files, self._submission.max_mib
+            try:
+                collect_submission(work_fd, files, max_mib=max_mib, out=out / "submission")
+            except Refused as refused:
+                outcome, reason = Outcome.NO_SUBMISSION, str(refused)
+                _remove(out / "submission")
+        return Attempt(
+            candidate=candidate,
+            outcome=outcome,
+            reason=reason,
+            exit_code=execution.exit_code,
+            trajectories=trajectories,
+        )
+
+
+def _write_logs(out: Path, *, stdout: str, stderr: str, usage: dict[str, object]) -> None:
+    (out / "stdout.log").write_text(stdout, encoding="utf-8")
+    (out / "stderr.log").write_text(stderr, encoding="utf-8")
+    (out / "usage.json").write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _slot() -> Iterator[int]:
+    """The lowest number that no other attempt on this machine holds, in any process.
+
+    Abstract socket names are given back by the kernel however their holder ends.
+    """
+    for number in range(MAX_SLOTS):
+        with socket.socket(socket.AF_UNIX) as holder:
+            try:
+                holder.bind(f"\0sia-target-slot-{number}")
+            except OSError:
+                continue
+            yield number
+            return
+    raise TargetError(f"{MAX_SLOTS} attempts run on this machine already. Try again later.")
+
+
+def _copy(source: Path, target: Path, *, follow_links: bool) -> Path:
+    """A copy of a folder whose files are read-only. Returns `target`."""
+
+    def copy_file(file: str, copy: str) -> None:
+        shutil.copyfile(file, copy, follow_symlinks=follow_links)
+        if not os.path.islink(copy):
+            os.chmod(copy, 0o444)
+
+    shutil.copytree(source, target, symlinks=not follow_links, copy_function=copy_file)
+    return target
+
+
+def _refuse_outward_links(data: Path) -> None:
+    """Finds links that would lead nowhere in a sandbox.
+
+    Raises:
+        TargetError: There is one.
+    """
+    for folder, folders, files in os.walk(data):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(data):
+                raise TargetError(
+                    f"{path} is a link to {os.readlink(path)!r}, which targets cannot see. Make it "
+                    "a file: dvc config cache.type reflink,copy && dvc checkout --relink"
+                )
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, whatever a target has done to it.
+
+    Raises:
+        TargetError: It cannot be removed.
+    """
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path)
+    except (OSError, RecursionError):
+        # Folders closed to us, or nested deeper than Python can follow.
+        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", str(path)], capture_output=True, check=False)
+        if os.path.lexists(path):
+            raise TargetError(f"{path} cannot be removed. Try: rm -rf {path}") from None

@@ -1,0 +1,120 @@
+"""Starting what a sandbox has prepared, and the trial run that tells whether a sandbox works."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from sia.target.environments import current_runtime
+from sia.target.protocol import Job, Launch, Limits, Sandbox
+
+ENTRY_POINT = "target_agent.py"
+TRIAL_DEADLINE_S = 20
+TRIAL_AGENT = """
+import sys
+open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
+"""
+
+
+def environment(job: Job, *, home: str) -> dict[str, str]:
+    """Everything that a target finds in its environment."""
+    threads = str(job.limits.threads)
+    # Which kernels OpenBLAS picks can be corrected by the host; wrong ones give wrong numbers.
+    passed_on = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("OPENBLAS_") and name != "OPENBLAS_NUM_THREADS"
+    }
+    return {
+        **passed_on,
+        "HOME": home,
+        "LANG": "C.UTF-8",
+        "LOGNAME": "target",
+        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "PATH": f"{job.runtime.python.parent}:/usr/bin:/bin",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+        # What was printed before a deadline must be in the log.
+        "PYTHONUNBUFFERED": "1",
+        "SIA_ATTEMPT": job.marker,
+        "TMPDIR": home,
+        "USER": "target",
+    }
+
+
+def limits_argv(limits: Limits, *, processes: int | None) -> list[str]:
+    """The prefix that sets resource limits on the command that follows it."""
+    nproc = [] if processes is None else [f"--nproc={processes}"]
+    return [
+        "prlimit", f"--as={limits.memory_mib * 2**20}", f"--fsize={limits.file_mib * 2**20}",
+        "--core=0", *nproc, "--",
+    ]  # fmt: skip
+
+
+def start(
+    launch: Launch, work: Path, *, stdout: int | IO[bytes], stderr: int | IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Starts the process in a session of its own and closes our ends of what it inherits.
+
+    Raises:
+        OSError: The program cannot be executed, or the working folder not be given away.
+    """
+    try:
+        if launch.owner is not None:
+            os.chown(work, launch.owner, launch.owner)
+            os.chmod(work, 0o755)  # bwrap enters it before it changes its user id
+        return subprocess.Popen(
+            launch.argv,
+            env=launch.env,
+            cwd=launch.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=launch.pass_fds,
+            start_new_session=True,
+        )
+    finally:
+        for fd in launch.pass_fds:
+            os.close(fd)
+
+
+def trial(sandbox: Sandbox) -> str:
+    """Why a target that does nothing but write one file fails; empty when it does not."""
+    with tempfile.TemporaryDirectory(prefix="sia-trial-") as folder:
+        root = Path(folder).resolve()
+        for name in ("data", "harness", "work"):
+            (root / name).mkdir()
+        (root / "harness" / ENTRY_POINT).write_text(TRIAL_AGENT, encoding="utf-8")
+        job = Job(
+            data=root / "data",
+            harness=root / "harness",
+            work=root / "work",
+            runtime=current_runtime(),
+            limits=Limits(memory_mib=1024),
+            slot=0,
+            marker="trial",
+        )
+        launch = sandbox.launch(job)
+        try:
+            with (
+                tempfile.TemporaryFile() as errors,
+                start(launch, job.work, stdout=subprocess.DEVNULL, stderr=errors) as process,
+            ):
+                try:
+                    process.wait(TRIAL_DEADLINE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    return f"a trivial target did not end within {TRIAL_DEADLINE_S} s"
+                errors.seek(0)
+                lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+        except OSError as error:
+            return str(error)
+        finally:
+            if launch.status_fd is not None:
+                os.close(launch.status_fd)
+        if process.returncode != 0 or not (job.work / "done").exists():
+            return lines[-1] if lines else f"a trivial target ended with {process.returncode}"
+    return ""

@@ -1,0 +1,6 @@
+"""Dies from a signal."""
+
+import os
+import signal
+
+os.kill(os.getpid(), signal.SIGKILL)

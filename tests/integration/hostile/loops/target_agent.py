@@ -1,0 +1,5 @@
+"""Never ends."""
+
+print("before the loop")
+while True:
+    pass
