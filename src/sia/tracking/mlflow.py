@@ -1,0 +1,397 @@
+"""Writes a run directory to MLflow. The only module that imports MLflow.
+
+    with opened(run, location) as mirror:
+        mirror.update()     writes the generations that the journal has closed since
+        mirror.close()      writes the sealed test and the run's status
+
+MLflow's runs are found by their tags, a generation's run is terminated after all else is written,
+and times come from the journal. So it may stop anywhere, and the next call completes the work.
+"""
+
+import fcntl
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# MLflow's own seven retries keep a user waiting for minutes on a server that is not there.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    Run,
+    RunStatus,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from sia.rundir import LOCK_FILE, RUN_FILE, read_result
+from sia.tracking.location import Location, TrackingError, first_line
+from sia.tracking.view import GenerationView, ParentView, RunView
+
+INIT_TIMEOUT_S = 120.0  # a new database takes about 5 s
+MIRROR_TIMEOUT_S = 5.0  # for the follower of an earlier session to end
+BATCH = 20  # generations whose parent metrics are written together
+STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+
+
+class Mirror:
+    """One run directory in MLflow. Make it with `opened`."""
+
+    def __init__(self, view: RunView, location: Location) -> None:
+        """Finds what MLflow holds of this run, or creates its parent run."""
+        self._view = view
+        self._client = MlflowClient(tracking_uri=location.uri)
+        parent = view.parent()
+        self._experiment = _experiment(self._client, parent.experiment, location)
+        runs = self._search()
+        found = next((run for run in runs if "sia.generation" not in run.data.tags), None)
+        self._parent: Run = found or self._client.create_run(
+            self._experiment, parent.started_ms, _tags(parent.tags), parent.name
+        )
+        self._complete(parent)
+        self._children: dict[int, Run] = {}
+        for run in runs:
+            if run.data.tags.get("mlflow.parentRunId") == self._parent_id:
+                self._children[int(run.data.tags["sia.generation"])] = run
+        self._done = {
+            index
+            for index, run in self._children.items()
+            if RunStatus.is_terminated(RunStatus.from_string(run.info.status))
+        }
+
+    @property
+    def _parent_id(self) -> str:
+        return str(self._parent.info.run_id)
+
+    def update(self) -> int:
+        """Writes the generations that were closed since the last call; returns how many."""
+        written = 0
+        closed = self._view.closed(self._done)
+        while batch := list(islice(closed, BATCH)):
+            for generation in batch:
+                self._write(generation)
+            totals = [
+                Metric(name, value, generation.ended_ms, generation.index)
+                for generation in batch
+                for name, value in generation.totals.items()
+            ]
+            self._client.log_batch(self._parent_id, metrics=totals)
+            for generation in batch:
+                status = "FAILED" if generation.failed else "FINISHED"
+                run_id = self._children.pop(generation.index).info.run_id
+                self._client.set_terminated(run_id, status, generation.ended_ms)
+                self._done.add(generation.index)
+            written += len(batch)
+        return written
+
+    def reopen(self) -> None:
+        """Shows the run as running again; for a resumed run."""
+        self._set_status("RUNNING")
+
+    def close(self, *, ended: bool) -> None:
+        """Writes the sealed test and the run's status.
+
+        Args:
+            ended: The process of the run is known to be gone, or about to go.
+        """
+        known = self._parent.data.metrics
+        exam = {name: v for name, v in self._view.exam().items() if known.get(name) != v}
+        if exam:
+            moment = self._view.ended_ms
+            metrics = [Metric(name, value, moment, 0) for name, value in exam.items()]
+            self._client.log_batch(self._parent_id, metrics=metrics)
+        result = read_result(self._view.path)
+        if result is not None:
+            self._set_status(STATUS[result.status])
+        elif self._view.ended:
+            self._set_status("FINISHED")
+        else:
+            self._set_status("KILLED" if ended or not _running(self._view.path) else "RUNNING")
+
+    def _search(self) -> list[Run]:
+        """All MLflow runs of this run, oldest first."""
+        runs: list[Run] = []
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment],
+                f"tags.`sia.run_id` = '{self._view.info.run_id}'",
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _complete(self, parent: ParentView) -> None:
+        """Writes the parent's files and params; params come last and say that all is there."""
+        known = self._parent.data.params
+        missing = [Param(name, v) for name, v in parent.params.items() if name not in known]
+        if missing:
+            self._write_files(self._parent, parent.files)
+            self._client.log_batch(self._parent_id, params=missing)
+
+    def _write(self, generation: GenerationView) -> None:
+        run = self._children.get(generation.index)
+        if run is None:
+            tags = _tags({**generation.tags, "mlflow.parentRunId": self._parent_id})
+            run = self._client.create_run(
+                self._experiment, generation.started_ms, tags, generation.name
+            )
+            self._children[generation.index] = run
+        self._write_files(run, generation.files)
+        self._write_dataset(run)
+        self._client.log_batch(
+            run.info.run_id,
+            metrics=[
+                Metric(name, value, generation.ended_ms, generation.index)
+                for name, value in generation.metrics.items()
+            ],
+            params=[Param(name, value) for name, value in generation.params.items()],
+        )
+
+    def _write_dataset(self, run: Run) -> None:
+        name, digest = self._view.dataset
+        data = Dataset(name=name, digest=digest, source_type="local", source=name)
+        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "feedback")])]
+        try:
+            self._client.log_inputs(run.info.run_id, inputs)
+        except MlflowException:
+            # Another run of the experiment entered the same dataset between MLflow's look and its
+            # insert; now it finds it.
+            self._client.log_inputs(run.info.run_id, inputs)
+
+    def _write_files(self, run: Run, files: dict[str, bytes]) -> None:
+        folder = _local_path(run.info.artifact_uri)
+        if folder is not None:
+            _write_all(folder, files)
+        elif files:
+            with tempfile.TemporaryDirectory() as temporary:
+                _write_all(Path(temporary), files)
+                self._client.log_artifacts(run.info.run_id, temporary)
+
+    def _set_status(self, status: str) -> None:
+        info = self._parent.info
+        if status == "RUNNING":
+            if info.status != status:
+                self._client.update_run(self._parent_id, status)
+                self._parent = self._client.get_run(self._parent_id)
+        elif (info.status, info.end_time) != (status, self._view.ended_ms):
+            self._client.set_terminated(self._parent_id, status, self._view.ended_ms)
+
+
+@contextmanager
+def opened(run: Path, location: Location) -> Iterator[Mirror]:
+    """The mirror of `run`, for this process alone.
+
+    Raises:
+        RunDirectoryError: `run` holds no run.
+        TrackingError: The database cannot be used, or another process mirrors the same run.
+    """
+    view = RunView(run)
+    with _lock(view.path), connected(location):
+        yield Mirror(view, location)
+
+
+@contextmanager
+def reported(location: Location) -> Iterator[None]:
+    """Turns what a user can mend into one line.
+
+    Raises:
+        TrackingError: The database or the server failed.
+    """
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise TrackingError(f"Cannot use {location}: {first_line(error)}") from error
+
+
+@contextmanager
+def connected(location: Location) -> Iterator[None]:
+    """A database that can be used; its connections are closed at the end."""
+    engines: set[Engine] = set()
+
+    def keep(connection: Any) -> None:
+        engines.add(connection.engine)
+
+    event.listen(Engine, "engine_connect", keep)
+    try:
+        if location.database is not None:
+            create_database(location)
+        yield
+    finally:
+        event.remove(Engine, "engine_connect", keep)
+        # The last connection to close moves SQLite's write-ahead log into the database.
+        for engine in engines:
+            engine.dispose()
+
+
+def create_database(location: Location) -> None:
+    """Makes the SQLite database of `location` unless it is there.
+
+    It is made aside and moved into place: MLflow's own creation, interrupted or done by two
+    processes at once, leaves a file that no later run can use.
+
+    Raises:
+        TrackingError: The file is there and is not an MLflow database.
+    """
+    path = location.database
+    assert path is not None
+    if not _is_missing(path):
+        _check(path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=INIT_TIMEOUT_S):
+        if _is_missing(path):
+            for left in path.parent.glob(f"{path.name}.new*"):
+                left.unlink()
+            new = path.with_name(f"{path.name}.new")
+            with _unsafe_but_fast():
+                uri, root = f"sqlite:///{new}", f"{location.artifacts}/default"
+                store = SqlAlchemyStore(uri, root)  # type: ignore[no-untyped-call]  # MLflow's lack
+            store.engine.dispose()
+            with sqlite3.connect(new) as database:
+                # One commit costs 2 ms with a write-ahead log and 24 ms without.
+                database.execute("PRAGMA journal_mode=WAL")
+            database.close()
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+
+
+def _check(path: Path) -> None:
+    """Asks SQLite itself: MLflow retries for minutes on a file that is no database."""
+    try:
+        database = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("SELECT version_num FROM alembic_version").fetchone()
+        finally:
+            database.close()
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            return
+        raise TrackingError(
+            f"{path} cannot be used as an MLflow database: {error}. "
+            "Move it away, then: python -m sia.tracking init"
+        ) from error
+
+
+def _is_missing(path: Path) -> bool:
+    return not path.exists() or path.stat().st_size == 0
+
+
+@event.listens_for(Engine, "connect")
+def _fewer_flushes(connection: Any, _: Any) -> None:
+    """A power cut may cost the last commits, never the database; `sync` writes them again."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+
+@contextmanager
+def _unsafe_but_fast() -> Iterator[None]:
+    def never_flush(connection: Any, _: Any) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", never_flush)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", never_flush)
+
+
+def _experiment(client: MlflowClient, name: str, location: Location) -> str:
+    """Id of the experiment; created where it is missing, by whichever process is first."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        folder = name.replace("/", "-")
+        root = location.artifacts and f"{location.artifacts.rstrip('/')}/{folder}"
+        try:
+            return str(client.create_experiment(name, artifact_location=root))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"The experiment {name!r} was deleted in MLflow. Bring it back: "
+            f"mlflow experiments restore --experiment-id {found.experiment_id}"
+        )
+    return str(found.experiment_id)
+
+
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in tags.items() if value}
+
+
+def _local_path(uri: str) -> Path | None:
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        return Path(unquote(parts.path))
+    return Path(uri) if uri.startswith("/") else None
+
+
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[None]:
+    """One mirror of a run at a time; the lock is on `run.json`, so that no file is added."""
+    try:
+        file = os.open(run / RUN_FILE, os.O_RDWR | os.O_CLOEXEC)  # NFS locks need write access
+    except OSError:
+        file = os.open(run / RUN_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + MIRROR_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(
+                        f"Another process mirrors {run}. When it has ended: "
+                        f"python -m sia.tracking sync {run}"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(file)
+
+
+def _running(run: Path) -> bool:
+    """Whether a process holds the lock of the run directory."""
+    with suppress(FileNotFoundError):
+        file = os.open(run / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+    return False
