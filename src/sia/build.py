@@ -29,6 +29,7 @@ class Checked:
     task: Task
     first_harness: Path
     sandbox: Sandbox
+    target: HarnessRunner
     tracker: Tracker
     meta: Any
     search: Any
@@ -42,17 +43,22 @@ def check(cfg: Config) -> Checked:
         ConfigError: Values out of range, all of them in one message.
         SiaError: Whatever a part says about its own settings.
     """
-    faults = [*_faults(cfg)]
+    faults = [
+        f"{key} has no value. Give it one: {key}=..."
+        for key in sorted(OmegaConf.missing_keys(cast(Any, cfg)))
+    ] or _faults(cfg)
     if faults:
         raise ConfigError("\n".join(faults))
     task = load_task(find_task_dir(cfg.task.dir))
     sandbox_node = OmegaConf.masked_copy(
         cast(Any, cfg.sandbox), [key for key in cast(Any, cfg.sandbox) if key != "limits"]
     )
+    sandbox = part(sandbox_node, cfg.trusted_packages)
     return Checked(
         task=task,
         first_harness=_harness(cfg, task),
-        sandbox=part(sandbox_node, cfg.trusted_packages),
+        sandbox=sandbox,
+        target=target(cfg, task, sandbox),
         tracker=part(cfg.tracking, cfg.trusted_packages),
         meta=part(cfg.meta, cfg.trusted_packages),
         search=part(cfg.search, cfg.trusted_packages),
@@ -60,16 +66,16 @@ def check(cfg: Config) -> Checked:
     )
 
 
-def target(cfg: Config, checked: Checked, data: Path | None = None) -> HarnessRunner:
+def target(cfg: Config, task: Task, sandbox: Sandbox, data: Path | None = None) -> HarnessRunner:
     """The runner of candidates; `data` stands in for the task's public side if given."""
     cache = Path(cfg.target.environments).expanduser() if cfg.target.environments else None
     limits = cfg.sandbox.limits
     return HarnessRunner(
-        sandbox=checked.sandbox,
-        environments=Environments(cache) if cache else Environments(),
-        task=checked.task,
+        sandbox=sandbox,
+        environments=Environments(cache),
+        task=task,
         limits=Limits(
-            memory_mib=limits.memory_mib or checked.task.facts.limits.memory_mib,
+            memory_mib=limits.memory_mib or task.facts.limits.memory_mib,
             processes=limits.processes,
             file_mib=limits.file_mib,
             disk_mib=limits.disk_mib,
@@ -85,7 +91,7 @@ def parts(cfg: Config, checked: Checked, run: RunDir) -> loop.Parts:
     return loop.Parts(
         metric=checked.task.metric,
         meta=checked.meta,
-        target=target(cfg, checked),
+        target=checked.target,
         verifier=TaskVerifier(task=checked.task, split="dev", deadline_s=cfg.task.verify_s),
         search=checked.search,
         feedback=checked.feedback,

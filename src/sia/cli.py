@@ -6,6 +6,7 @@
 130  interrupted; everything finished is written
 """
 
+import errno
 import os
 import sys
 import warnings
@@ -61,10 +62,11 @@ def main() -> None:
 
         _fail(advice.explain(argv, error), 2)
     except OSError as error:
-        if error.filename is None or "runs" not in str(error.filename):
-            raise
-        from sia.rundir import write_error
+        from sia.rundir import DISK_ERRORS, write_error
 
+        # Hydra makes the run directory before it calls us.
+        if error.errno not in (*DISK_ERRORS, errno.EACCES) or error.filename is None:
+            raise
         _fail(str(write_error(Path(error.filename), error)), 2)
 
 

@@ -30,7 +30,7 @@ class OptunaConfig(MetaConfig):
     """meta=optuna; the fields are explained in `sia.meta.optuna`."""
 
     _target_: str = "sia.meta.optuna.OptunaBackend"
-    patience: int = 10
+    patience: int = 8
     min_gain: float = 0.0
     knobs_per_trial: int = 3
     startup_trials: int = 4
@@ -160,7 +160,7 @@ class DockerConfig(SandboxConfig):
 
     _target_: str = "sia.target.sandbox.Docker"
     image: str = "python:3.11-slim"
-    cpus: float = 2.0
+    cpus: float | None = None  # null: no limit
 
 
 @dataclass

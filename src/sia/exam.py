@@ -11,12 +11,11 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -25,54 +24,13 @@ from sia import build, report, rundir, seeds
 from sia.config import Config, register
 from sia.errors import RunDirectoryError, SiaError, TaskError
 from sia.provenance import tree_sha256
-from sia.records import Candidate, Evaluation, Outcome, RunResult, from_data, from_json
+from sia.records import Candidate, Evaluation, Exam, ExamRow, Outcome, RunResult, from_data, to_json
 from sia.rundir import RunInfo, candidate_dir
 from sia.tasks import data
 from sia.verify import TaskVerifier
 from sia.verify.stats import aligned, mean_interval, paired_difference
 
 DRAWS = 10_000  # of the bootstrap
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the result table.
-
-    Attributes:
-        candidate: Of the run; None for baselines, which no search touched.
-        dev: Score that the search saw; None where there is none.
-        test: Sealed score with its 95 % interval over items, `low` to `high`.
-        gain: Paired difference to the reference harness on the same test items, with interval.
-        seconds: Wall time of the attempt.
-        items: Test score of each item, for statistics over several runs.
-    """
-
-    name: str
-    candidate: str | None = None
-    dev: float | None = None
-    test: float | None = None
-    low: float | None = None
-    high: float | None = None
-    gain: float | None = None
-    gain_low: float | None = None
-    gain_high: float | None = None
-    seconds: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-    items: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exam:
-    """`exam.json`. Times aside, a function of the run's records and the private labels."""
-
-    run_id: str
-    task: str
-    metric: str
-    n_items: int
-    opened_at: str
-    sandbox: str
-    rows: tuple[Row, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,20 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         for run in args.runs:
-            exam = read(run) or examine(run, final_refit=args.final_refit, say=console.print)
+            exam = rundir.read_exam(run) or examine(
+                run, final_refit=args.final_refit, say=console.print
+            )
             report.show(console, run, exam)
     except SiaError as error:
         print(f"sia: {error}", file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def read(run: Path) -> Exam | None:
-    """The exam of a run if it was held before."""
-    try:
-        return from_json((run / rundir.EXAM_FILE).read_bytes(), Exam)
-    except FileNotFoundError:
-        return None
 
 
 def examine(
@@ -136,7 +88,7 @@ def examine(
         closing(TaskVerifier(task=checked.task, split="test")) as test,
     ):
 
-        def recorded(name: str, identity: str | None) -> Row:
+        def recorded(name: str, identity: str | None) -> ExamRow:
             """A row from the submission that a candidate left during the run."""
             assert identity is not None
             say(f"examining {name} ({identity})")
@@ -151,14 +103,14 @@ def examine(
                 seconds=seconds[f"{key}/attempt"],
             )
 
-        def fresh(name: str, harness: Path, *, public: Path | None, **fixed: Any) -> Row:
+        def fresh(name: str, harness: Path, *, public: Path | None, **fixed: Any) -> ExamRow:
             """A row from a new attempt, in the same sandbox and with the same limits."""
             out = workshop / name.replace(" ", "_")
-            target = build.target(cfg, checked, public)
+            target = build.target(cfg, checked.task, checked.sandbox, public)
             deadline_s = build.limits(cfg, checked.task).attempt_s
             attempt = target.run(name, harness=harness, out=out, deadline_s=deadline_s)
             if attempt.outcome is not Outcome.OK:
-                return Row(name=name, note=f"{attempt.outcome}: {attempt.reason}", **fixed)
+                return ExamRow(name=name, note=f"{attempt.outcome}: {attempt.reason}", **fixed)
             submission = out / "submission"
             return _row(
                 name=name,
@@ -195,8 +147,7 @@ def examine(
         sandbox=checked.sandbox.name,
         rows=tuple(_with_intervals(row, rows[0], info.seed) for row in rows),
     )
-    content = msgspec.json.format(msgspec.json.encode(exam, order="sorted"))
-    rundir.write_atomic(run / rundir.EXAM_FILE, content)
+    rundir.write_atomic(run / rundir.EXAM_FILE, to_json(exam, pretty=True))
     return exam
 
 
@@ -242,8 +193,8 @@ def _row(
     seconds: float,
     candidate: str | None = None,
     note: str = "",
-) -> Row:
-    return Row(
+) -> ExamRow:
+    return ExamRow(
         name=name,
         candidate=candidate,
         dev=dev,
@@ -255,7 +206,7 @@ def _row(
     )
 
 
-def _with_intervals(row: Row, reference: Row, seed: int) -> Row:
+def _with_intervals(row: ExamRow, reference: ExamRow, seed: int) -> ExamRow:
     if row.test is None or not row.items:
         return row
     scores = np.array([row.items[item] for item in sorted(row.items)])

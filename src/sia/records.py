@@ -5,7 +5,7 @@ journal keeps times beside the records, so that two runs of one seed can be comp
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -201,9 +201,57 @@ class RunResult:
     tracking: str = ""
 
 
-def to_json(record: Any) -> bytes:
-    """One line of JSON; keys are sorted, so that equal records are equal bytes."""
-    return msgspec.json.encode(record, order="sorted")
+@dataclass(frozen=True, kw_only=True)
+class ExamRow:
+    """One line of the result table of an exam.
+
+    Attributes:
+        candidate: Of the run; None for baselines, which no search touched.
+        dev: Score that the search saw; None where there is none.
+        test: Sealed score with its 95 % interval over items, `low` to `high`.
+        gain: Paired difference to the reference harness on the same test items, with interval.
+        seconds: Wall time of the attempt.
+        items: Test score of each item, for statistics over several runs.
+    """
+
+    name: str
+    candidate: str | None = None
+    dev: float | None = None
+    test: float | None = None
+    low: float | None = None
+    high: float | None = None
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+    seconds: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    items: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """The sealed test of one run, opened: `exam.json`."""
+
+    run_id: str
+    task: str
+    metric: str
+    n_items: int
+    opened_at: str
+    sandbox: str
+    rows: tuple[ExamRow, ...]
+
+
+def to_json(record: Any, *, pretty: bool = False) -> bytes:
+    """A record as JSON; keys are sorted, so that equal records are equal bytes.
+
+    Args:
+        record: A dataclass instance.
+        pretty: Several indented lines for people, instead of one.
+    """
+    # Not msgspec alone: it leaves out a field that was filled by its default when it was decoded.
+    line = msgspec.json.encode(asdict(record), order="sorted")
+    return msgspec.json.format(line) + b"\n" if pretty else line
 
 
 def from_json(data: bytes | str, kind: type[T]) -> T:
@@ -217,7 +265,7 @@ def from_json(data: bytes | str, kind: type[T]) -> T:
 
 def to_data(record: Any) -> Any:
     """The record as plain dictionaries, lists and scalars."""
-    return msgspec.to_builtins(record, order="sorted")
+    return msgspec.to_builtins(asdict(record), order="sorted")
 
 
 def from_data(data: Any, kind: type[T]) -> T:

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,12 +11,9 @@ from rich.text import Text
 
 from sia import rundir
 from sia.errors import RunDirectoryError, SiaError
-from sia.records import Candidate, Evaluation, Generation, from_data
+from sia.records import Candidate, Evaluation, Exam, ExamRow, Generation, from_data
 from sia.tasks import find_task_dir, load_task
 from sia.tasks.task import Task
-
-if TYPE_CHECKING:
-    from sia.exam import Exam, Row
 
 WIDTH = 160  # columns that the widest row needs
 HEADER = (
@@ -34,8 +30,6 @@ HEADER = (
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    from sia import exam
-
     parser = argparse.ArgumentParser(prog="python -m sia.report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
@@ -44,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = []
     try:
         for run in args.runs:
-            found = exam.read(run)
+            found = rundir.read_exam(run)
             if found is None:
                 raise RunDirectoryError(
                     f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
@@ -60,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show(console: Console, run: Path, exam: "Exam") -> None:
+def show(console: Console, run: Path, exam: Exam) -> None:
     """Prints the result table of one run."""
     extra = _extra_columns(exam)
     table = Table(title=_title(run, exam), box=None, header_style="bold", title_justify="left")
@@ -73,7 +67,7 @@ def show(console: Console, run: Path, exam: "Exam") -> None:
     console.print(_footer(run, exam), markup=False, highlight=False)
 
 
-def markdown(run: Path, exam: "Exam") -> str:
+def markdown(run: Path, exam: Exam) -> str:
     """The result table of one run, with the candidates it tried, as Markdown."""
     extra = _extra_columns(exam)
     header = (*HEADER[:-1], *extra.values(), HEADER[-1])
@@ -93,7 +87,7 @@ def markdown(run: Path, exam: "Exam") -> str:
     )
 
 
-def _title(run: Path, exam: "Exam") -> str:
+def _title(run: Path, exam: Exam) -> str:
     info = rundir.read_info(run)
     return (
         f"{exam.task}: {exam.metric} on {exam.n_items} sealed test items "
@@ -101,7 +95,7 @@ def _title(run: Path, exam: "Exam") -> str:
     )
 
 
-def _footer(run: Path, exam: "Exam") -> str:
+def _footer(run: Path, exam: Exam) -> str:
     result = rundir.read_result(run)
     spent = f"{result.generations} generations in {result.elapsed_s:.0f} s" if result else ""
     return (
@@ -110,13 +104,13 @@ def _footer(run: Path, exam: "Exam") -> str:
     )
 
 
-def _extra_columns(exam: "Exam") -> dict[str, str]:
+def _extra_columns(exam: Exam) -> dict[str, str]:
     """Further metrics that the task wants in its table: metric -> header."""
     task = _task(exam.task)
     return dict(task.facts.report) if task else {}
 
 
-def _cells(exam: "Exam", extra: dict[str, str]) -> Iterator[tuple[str, ...]]:
+def _cells(exam: Exam, extra: dict[str, str]) -> Iterator[tuple[str, ...]]:
     for row in exam.rows:
         yield _row_cells(row, extra)
     task = _task(exam.task)
@@ -125,7 +119,7 @@ def _cells(exam: "Exam", extra: dict[str, str]) -> Iterator[tuple[str, ...]]:
         yield (f"published: {known.name}", "", f"{known.score:.3f}", *blank, known.source)
 
 
-def _row_cells(row: "Row", extra: dict[str, str]) -> tuple[str, ...]:
+def _row_cells(row: ExamRow, extra: dict[str, str]) -> tuple[str, ...]:
     gap = None if row.dev is None or row.test is None else row.dev - row.test
     name = row.name if row.candidate is None else f"{row.name} ({row.candidate})"
     return (

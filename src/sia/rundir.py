@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sia.errors import RunDirectoryError, RunDirectoryInUse
-from sia.records import RunResult, from_data, from_json, to_data
+from sia.records import Exam, RunResult, from_data, from_json, to_data, to_json
 
 T = TypeVar("T")
 
@@ -33,6 +33,9 @@ JOURNAL_FILE = "journal.jsonl"
 RESULT_FILE = "result.json"
 EXAM_FILE = "exam.json"
 LOCK_FILE = ".lock"
+
+# What the disk says of itself: nothing is wrong with the program.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ class Journal:
         os.close(self._fd)
 
     def _append(self, line: Line) -> None:
-        data = msgspec.json.encode(line, order="sorted") + b"\n"
+        data = to_json(line) + b"\n"
         with self._lock:
             try:
                 written = 0
@@ -164,7 +167,7 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             lock_fd = _lock(path)
             with (path / RUN_FILE).open("xb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(info, order="sorted")))
+                file.write(to_json(info, pretty=True))
             write_atomic(path / CONFIG_FILE, config.encode())
         except FileExistsError as error:
             raise RunDirectoryInUse(
@@ -199,8 +202,7 @@ class RunDir:
 
     def finish(self, result: RunResult) -> None:
         """Writes `result.json`."""
-        data = msgspec.json.format(msgspec.json.encode(result, order="sorted"))
-        write_atomic(self.path / RESULT_FILE, data)
+        write_atomic(self.path / RESULT_FILE, to_json(result, pretty=True))
 
     def close(self) -> None:
         """Closes the journal and gives up the lock."""
@@ -233,6 +235,14 @@ def read_result(run: Path) -> RunResult | None:
     """The `result.json` of a run directory; None while it runs and after a kill."""
     try:
         return from_json((run / RESULT_FILE).read_bytes(), RunResult)
+    except FileNotFoundError:
+        return None
+
+
+def read_exam(run: Path) -> Exam | None:
+    """The `exam.json` of a run directory; None while the sealed test is closed."""
+    try:
+        return from_json((run / EXAM_FILE).read_bytes(), Exam)
     except FileNotFoundError:
         return None
 
@@ -276,9 +286,7 @@ def remove_tree(path: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> RunDirectoryError:
     """The message for a failed write below `path`."""
-    if isinstance(error, RunDirectoryError):
-        return error
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = (
             "The disk is full. Free some space, then go on with the same command and resume=<run>."
         )

@@ -51,6 +51,7 @@ def run(
     cfg = cast(Config, node)
     checked = build.check(cfg)
     data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
+    checked.target.check()
     text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
     if resumed:
         run_dir = RunDir.resume(path)
@@ -98,6 +99,11 @@ def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console
         status, reason = "interrupted", "Ctrl-C"
     except SiaError as problem:
         error, reason = problem, str(problem)
+    except OSError as problem:
+        if problem.errno not in rundir.DISK_ERRORS:
+            raise
+        error = rundir.write_error(Path(problem.filename or run_dir.path), problem)
+        reason = str(error)
     except BaseException as problem:
         reason = f"{type(problem).__name__}: {problem}"
         raise

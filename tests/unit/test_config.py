@@ -1,14 +1,18 @@
 """Every option of every group composes, validates and builds."""
 
+import dataclasses
+import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from sia import advice, build, help
+from sia.config import SCHEMAS
 from sia.errors import ConfigError, SiaError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -125,3 +129,20 @@ def test_a_harness_folder_without_entry_point_is_named(composed: Callable, tmp_p
     cfg = composed(["task=toy", f"target.harness={tmp_path}"])
     with pytest.raises(ConfigError, match=r"neither 'reference' nor a folder with a target_agent"):
         build.check(cfg)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [schema for options in SCHEMAS.values() for schema in options.values()],
+    ids=lambda schema: schema.__name__,
+)
+def test_a_default_is_the_same_in_the_schema_and_in_the_part(schema: type) -> None:
+    """A part can be built by hand as well; it must then be the part that the CLI builds."""
+    made = schema()
+    module, _, name = made._target_.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    for field in dataclasses.fields(schema):
+        default = getattr(parameters.get(field.name), "default", inspect.Parameter.empty)
+        value = getattr(made, field.name)
+        if default is not inspect.Parameter.empty and value != MISSING:
+            assert value == default, f"{schema.__name__}.{field.name}"

@@ -42,6 +42,19 @@ def test_a_record_survives_json(result: Result) -> None:
     assert records.from_data(records.to_data(result), Result) == result
 
 
+@given(
+    st.builds(Result, candidate=candidates, attempt=attempts, evaluation=st.none() | evaluations)
+)
+def test_a_record_that_was_read_back_is_written_as_the_same_bytes(result: Result) -> None:
+    line = records.to_json(result)
+    assert records.to_json(records.from_json(line, Result)) == line
+
+
+def test_fields_that_a_reader_fills_by_default_are_written_too() -> None:
+    found = records.from_data({"candidate": "c", "split": "dev", "score": 1.0}, Evaluation)
+    assert records.to_data(found)["outcome"] == "ok"
+
+
 @given(evaluations)
 def test_equal_records_are_equal_bytes_whatever_the_order_of_their_dictionaries(
     evaluation: Evaluation,

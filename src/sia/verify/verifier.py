@@ -59,6 +59,11 @@ class TaskVerifier:
                 answer = self._ask(request) or {"failed": "the verifier's process died twice"}
         return self._evaluation(candidate, answer)
 
+    @property
+    def pid(self) -> int:
+        """Of the verifier's process."""
+        return self._process.pid
+
     def close(self) -> None:
         """Ends the process."""
         with self._lock:
