@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     try:
         for run in args.runs:
-            exam = rundir.read_exam(run) or examine(
-                run, final_refit=args.final_refit, say=console.print
-            )
+            exam = rundir.read_exam(run)
+            if exam is None:
+                exam = examine(run, final_refit=args.final_refit, say=console.print)
+                _mirror(run, console.print)
             report.show(console, run, exam)
     except SiaError as error:
         print(f"sia: {error}", file=sys.stderr)
@@ -149,6 +150,14 @@ def examine(
     )
     rundir.write_atomic(run / rundir.EXAM_FILE, to_json(exam, pretty=True))
     return exam
+
+
+def _mirror(run: Path, say: Callable[[str], Any]) -> None:
+    """Shows the exam in the run's tracker, too."""
+    checked = build.check(cast(Config, OmegaConf.load(run / rundir.CONFIG_FILE)))
+    checked.tracker.start(run)
+    if problem := checked.tracker.finish():
+        say(problem)
 
 
 def _finished(run: Path) -> RunResult:

@@ -54,9 +54,12 @@ def test_knobs_that_do_not_matter_do_not_make_a_new_configuration(harness: Path)
         ("knobs: {absent: {values: [1], idea: i}}", "no value for the knob 'absent'"),
         ("knobs: {rerank.use: {idea: i}}", "needs either values, or low and high"),
         ("knobs: {rerank.use: {values: [1], low: 0, high: 1, idea: i}}", "needs either values"),
+        ("knobs: {rerank.top_k: {values: [5], idea: i}}", "cannot have its present value 3"),
+        ("knobs: {rerank.top_k: {low: 4, high: 9, idea: i}}", "cannot have its present value 3"),
+        ("knobs: {rerank.use: {values: [0], idea: i}}", "cannot have its present value False"),
         ("knobs: {rerank.use: {values: [1], idea: i, vlaues: [2]}, x: 3}", "not a valid space"),
         (
-            "knobs: {rerank.use: {values: [1], idea: i}}\n"
+            "knobs: {rerank.use: {values: [false], idea: i}}\n"
             "moves: [{set: {rerank.us: true}, hypothesis: h, expect: e}]",
             "names 'rerank.us'",
         ),

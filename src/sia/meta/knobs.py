@@ -42,6 +42,14 @@ class Knob:
     log: bool = False
     needs: dict[str, Any] = field(default_factory=dict)
 
+    def allows(self, value: Any) -> bool:
+        """Whether `value` lies in the declared range or list."""
+        if self.values:
+            return any(value == allowed and type(value) is type(allowed) for allowed in self.values)
+        assert self.low is not None
+        assert self.high is not None
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
     def active(self, knobs: Mapping[str, Any]) -> bool:
         """Whether the knob matters under `knobs`."""
         return all(knobs.get(name) == value for name, value in self.needs.items())
@@ -114,6 +122,11 @@ def load_space(harness: Path) -> Space:
     for name, knob in space.knobs.items():
         if bool(knob.values) == (knob.low is not None or knob.high is not None):
             raise TaskError(f"{path}: knob {name!r} needs either values, or low and high.")
+        if not knob.allows(known[name]):
+            raise TaskError(
+                f"{path}: knob {name!r} cannot have its present value {known[name]!r}. "
+                "Widen the knob, or change harness.yaml."
+            )
     return space
 
 
