@@ -155,6 +155,7 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
             return
         except BaseException:
             # Attempts in progress must not outlive the loop, whatever ended it.
+            pool.shutdown(wait=False, cancel_futures=True)
             parts.target.cancel()
             raise
     yield Ending(reason="generations", detail=f"all {limits.generations} generations are done")

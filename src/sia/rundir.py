@@ -215,6 +215,20 @@ def candidate_dir(run: Path, generation: int, index: int) -> Path:
     return run / f"gen-{generation:03}" / f"cand-{index}"
 
 
+def find_runs(folder: Path) -> list[Path]:
+    """`folder` itself if it is a run, else all runs below it, in the order of their names.
+
+    Raises:
+        RunDirectoryError: There is none.
+    """
+    if (folder / RUN_FILE).is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.rglob(RUN_FILE))
+    if not found:
+        raise RunDirectoryError(f"{folder} holds no run (no {RUN_FILE} in it or below it).")
+    return found
+
+
 def read_info(run: Path) -> RunInfo:
     """The `run.json` of a run directory.
 
@@ -225,7 +239,7 @@ def read_info(run: Path) -> RunInfo:
         return from_json((run / RUN_FILE).read_bytes(), RunInfo)
     except FileNotFoundError as error:
         raise RunDirectoryError(
-            f"{run} holds no run (no {RUN_FILE}). List yours: ls -d runs/*/*/*"
+            f"{run} holds no run (no {RUN_FILE}). List yours: find runs -name run.json"
         ) from error
     except (OSError, msgspec.MsgspecError) as error:
         raise RunDirectoryError(f"{run / RUN_FILE} cannot be read: {error}") from error

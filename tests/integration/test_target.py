@@ -234,6 +234,8 @@ def run_and_cancel(stage: Stage, name: str, harness: Path, ready: Callable[[], b
     assert len(raised) == 1
     assert stage.sandbox.alive() == []
     assert not (stage.out(name) / "work").exists()
+    with pytest.raises(KeyboardInterrupt):  # one that begins after the cancel does not escape it
+        runner.run(name, harness=harness, out=stage.out(name), deadline_s=60)
 
 
 def wait_for(condition: Callable[[], object], within_s: float = 20) -> None:

@@ -484,7 +484,7 @@ def test_broken_mirror_is_one_line_for_sync(
 ) -> None:
     assert main(["sync", "--uri", broken_uri, str(finished_run(tmp_path / "run"))]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("sia: ")
 
 
 def test_locked_database_is_reported_after_the_deadline(database: Path, tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_locked_database_is_reported_after_the_deadline(database: Path, tmp_path
 def test_wrong_run_is_one_line(tmp_path: Path) -> None:
     done = cli("sync", tmp_path / "none")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path / 'none'} holds no run")
+    assert done.stderr.startswith(f"sia: {tmp_path / 'none'} holds no run")
     assert done.stderr.count("\n") == 1
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sia.errors import TaskError
+from sia.meta.knobs import load_space
 from sia.provenance import tree_sha256
 from sia.tasks import Task, checks, data, find_task_dir, load_task
 from sia.tasks.__main__ import main
@@ -142,3 +143,12 @@ def test_the_command_line_checks_and_lists(
     assert "toy: 0 faults" in captured.out
     assert "ready" in captured.out
     assert captured.err.startswith("sia: There is no task folder")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_declared_space_holds_the_reference_and_every_move(folder: Path) -> None:
+    harness = folder / "harness"
+    space = load_space(harness)
+    for number, move in enumerate(space.moves):
+        for name, value in move.set.items():
+            assert space.knobs[name].allows(value), f"move {number} sets {name}={value!r}"

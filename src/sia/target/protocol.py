@@ -135,5 +135,5 @@ class Target(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Makes every `run` in progress kill its processes and raise KeyboardInterrupt."""
+        """Makes every `run`, in progress or to come, kill its processes; it raises KeyboardInterrupt."""
         ...

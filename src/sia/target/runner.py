@@ -1,6 +1,7 @@
 """Runs one candidate in a sandbox and takes what it has made out of its working folder."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from sia.errors import TargetError
 from sia.records import Attempt, Outcome
+from sia.rundir import write_error
 from sia.target.collect import Refused, collect_submission, collect_trajectories
 from sia.target.environments import BuildFailed, Environments, current_runtime
 from sia.target.execution import Cancel, Execution, execute
@@ -20,6 +22,7 @@ from sia.target.protocol import Job, Limits, Sandbox
 from sia.tasks.task import Task
 
 MAX_SLOTS = 800
+MIN_FREE_BYTES = 2**18  # an attempt leaves more than that
 # All that a run leaves in `out`, and what an earlier one that was killed may have left there.
 LEAVINGS = (
     "work", "inputs", "submission", "agent_execution", "stdout.log", "stderr.log", "usage.json",
@@ -52,6 +55,7 @@ class HarnessRunner:
         self._limits = limits
         self._data = (data or task.public_dir).resolve()
         self._data_checked = False
+        self._cancelled = False
         self._lock = threading.Lock()
         self._active: set[Cancel] = set()
 
@@ -70,18 +74,24 @@ class HarnessRunner:
         """Executes one candidate; the contract is that of `sia.target.protocol.Target`."""
         cancel = Cancel()
         with self._lock:
+            if self._cancelled:  # the one who cancels cannot know who is about to begin
+                cancel.set()
             self._active.add(cancel)
         try:
             self.check()
-            return self._run(candidate, harness.resolve(), out.resolve(), deadline_s, cancel)
+            attempt = self._run(candidate, harness.resolve(), out.resolve(), deadline_s, cancel)
+            if attempt.outcome is not Outcome.OK:
+                _refuse_full_disk(out)
+            return attempt
         finally:
             with self._lock:
                 self._active.discard(cancel)
                 cancel.close()
 
     def cancel(self) -> None:
-        """Makes every `run` in progress kill its processes and raise KeyboardInterrupt."""
+        """Makes every `run`, in progress or to come, raise KeyboardInterrupt."""
         with self._lock:
+            self._cancelled = True
             for cancel in self._active:
                 cancel.set()
 
@@ -155,6 +165,15 @@ def _write_logs(out: Path, *, stdout: str, stderr: str, usage: dict[str, object]
     (out / "stdout.log").write_text(stdout, encoding="utf-8")
     (out / "stderr.log").write_text(stderr, encoding="utf-8")
     (out / "usage.json").write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse_full_disk(out: Path) -> None:
+    """A failure on a disk without room says nothing about the candidate, and is not recorded.
+
+    What the target itself wrote has been removed by now.
+    """
+    if shutil.disk_usage(out).free < MIN_FREE_BYTES:
+        raise write_error(out, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 @contextlib.contextmanager

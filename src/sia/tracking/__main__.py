@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sia.errors import SiaError
+from sia.rundir import find_runs
 from sia.tracking.location import Location, TrackingError, child_environment, first_line, locate
 from sia.tracking.view import RunView
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _follow(options.run, location)
         return _ui(location, options.host, options.port)
     except SiaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"sia: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -49,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("init", parents=[where], help="create the database; do it once")
     sync = commands.add_parser("sync", parents=[where], help="write what is missing of runs")
-    sync.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    sync.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them"
+    )
     follow = commands.add_parser(
         "follow", parents=[where], help="mirror a run until standard input ends"
     )
@@ -72,7 +75,8 @@ def _init(location: Location) -> int:
     return 0
 
 
-def _sync(runs: list[Path], location: Location) -> int:
+def _sync(folders: list[Path], location: Location) -> int:
+    runs = [run for folder in folders for run in find_runs(folder)]
     for run in runs:
         RunView(run)
     mlflow = _mlflow()
