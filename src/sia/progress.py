@@ -76,7 +76,9 @@ class Progress:
             self._since = time.monotonic()
             if isinstance(event, Started):
                 parent = event.parent.id if event.parent else "the first harness"
-                self._now = f"generation {event.generation}: proposing from {parent}"
+                self._now = (
+                    f"generation {event.generation}, {event.decision.lever} lever: from {parent}"
+                )
                 self._line(
                     f"generation {event.generation}  lever={event.decision.lever}  parent={parent}"
                 )

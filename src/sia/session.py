@@ -5,10 +5,11 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +21,10 @@ from sia import build, loop, provenance, rundir
 from sia.config import Config
 from sia.errors import ConfigError, NoScoredAttempt, SiaError
 from sia.progress import Progress
-from sia.records import Ending, Outcome, RunResult
+from sia.records import Ending, Outcome, Result, RunResult
 from sia.rundir import CONFIG_FILE, RunDir, RunInfo
 from sia.tasks import data
+from sia.tracking import Tracker
 
 # What may differ between a run and its continuation: how far it goes, not what it is.
 EXTENDABLE = ("generations", "workers", "budget", "tracking", "resume")
@@ -60,23 +62,40 @@ def run(
     info = run_dir.info
     try:
         _say(console, f"run       {path}")
-        _say(
-            console,
-            f"task      {info.task} v{info.task_version}: {checked.task.facts.title}",
-        )
+        _say(console, f"task      {info.task} v{info.task_version}: {checked.task.facts.title}")
         _say(console, f"sandbox   {checked.sandbox.protects}")
         return _play(cfg, checked, run_dir, console)
     finally:
         run_dir.close()
 
 
+@dataclass
+class _Tally:
+    """What the events of the loop add up to."""
+
+    failures: Counter[str] = field(default_factory=Counter)
+    generations: int = 0
+    incumbent: Result | None = None
+    ending: Ending | None = None
+
+    def add(self, event: loop.Event) -> None:
+        if isinstance(event, loop.Scored) and event.result.outcome is not Outcome.OK:
+            self.failures[event.result.outcome] += 1
+        elif isinstance(event, loop.Closed):
+            self.generations += 1
+            self.incumbent = event.incumbent
+        elif isinstance(event, Ending):
+            self.ending = event
+
+    def counts(self) -> str:
+        return ", ".join(f"{name}: {count}" for name, count in sorted(self.failures.items()))
+
+
 def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console) -> RunResult:
+    """Plays the loop to its end, whatever that is, and writes it down."""
     (run_dir.path / rundir.RESULT_FILE).unlink(missing_ok=True)
     checked.tracker.start(run_dir.path)
     parts = build.parts(cfg, checked, run_dir)
-    failures: Counter[str] = Counter()
-    closed: list[loop.Closed] = []
-    status, reason, error = "failed", "", None
     progress = Progress(
         console,
         metric=parts.metric,
@@ -84,109 +103,100 @@ def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console
         wall_s=cfg.budget.wall_s,
         clock=run_dir.journal,
     )
+    tally = _Tally()
+    status, reason = "failed", ""
+    error: BaseException | None = None
     try:
         turns = loop.generations(parts, build.limits(cfg, checked.task))
         with _one_interrupt(), progress, closing(turns):
             for event in turns:
                 progress.update(event)
-                if isinstance(event, loop.Scored) and event.result.outcome is not Outcome.OK:
-                    failures[event.result.outcome] += 1
-                elif isinstance(event, loop.Closed):
-                    closed.append(event)
-                elif isinstance(event, Ending):
-                    status, reason = "finished", event.detail
-    except KeyboardInterrupt:
-        status, reason = "interrupted", "Ctrl-C"
-    except SiaError as problem:
-        error, reason = problem, str(problem)
-    except OSError as problem:
-        if problem.errno not in rundir.DISK_ERRORS:
-            raise
-        error = rundir.write_error(Path(problem.filename or run_dir.path), problem)
-        reason = str(error)
-    except BaseException as problem:
-        reason = f"{type(problem).__name__}: {problem}"
-        raise
-    finally:
-        parts.verifier.close()
-        incumbent = closed[-1].incumbent if closed else None
-        if status == "finished" and incumbent is None:
-            status = "failed"
-            counts = ", ".join(f"{name}: {count}" for name, count in sorted(failures.items()))
-            error = NoScoredAttempt(
-                f"No attempt was scored in {len(closed)} generations ({counts}). "
+                tally.add(event)
+        status, reason = "finished", tally.ending.detail if tally.ending else ""
+        if tally.incumbent is None:
+            raise NoScoredAttempt(
+                f"No attempt was scored in {tally.generations} generations ({tally.counts()}). "
                 f"What the targets printed: {run_dir.path}/gen-*/cand-*/stderr.log"
             )
-            reason = str(error)
-        result = RunResult(
-            status=status,
-            reason=reason,
-            best=incumbent.candidate.id if incumbent else None,
-            best_score=incumbent.score if incumbent else None,
-            generations=len(closed),
-            failures=dict(failures),
-            elapsed_s=round(run_dir.journal.elapsed_s, 3),
-        )
-        result = _finish(run_dir, result, checked, console, error)
+    except KeyboardInterrupt:
+        status, reason = "interrupted", "Ctrl-C"
+    except OSError as problem:
+        error = problem
+        if problem.errno in rundir.DISK_ERRORS:
+            error = rundir.write_error(Path(problem.filename or run_dir.path), problem)
+    except BaseException as problem:
+        error = problem  # raised again below, when the run directory says how it ended
+    parts.verifier.close()
+    if error is not None:
+        status, reason = "failed", str(error) or type(error).__name__
+    best = tally.incumbent
+    result = RunResult(
+        status=status,
+        reason=reason,
+        best=best.candidate.id if best else None,
+        best_score=best.score if best else None,
+        generations=tally.generations,
+        failures=dict(tally.failures),
+        elapsed_s=round(run_dir.journal.elapsed_s, 3),
+    )
+    try:
+        result = _finish(run_dir, result, checked.tracker)
+    except SiaError as problem:
+        error = error or problem  # a full disk has its message already
     if error is not None:
         raise error
+    _report(console, result, tally, run_dir.path, checked.task.metric.name)
     return result
 
 
-def _finish(
-    run_dir: RunDir,
-    result: RunResult,
-    checked: build.Checked,
-    console: Console,
-    error: SiaError | None,
-) -> RunResult:
-    """Writes `result.json`, waits for the tracker, and says how it ended."""
-    try:
-        run_dir.finish(result)
-    except SiaError:
-        if error is None:  # a full disk has its message already
-            raise
-    problem: str = checked.tracker.finish()
-    if problem:
+def _finish(run_dir: RunDir, result: RunResult, tracker: Tracker) -> RunResult:
+    """Writes `result.json` and waits for the tracker to show it."""
+    run_dir.finish(result)
+    if problem := tracker.finish():
         result = replace(result, tracking=problem)
         run_dir.finish(result)
-        _say(console, f"tracking  {problem}")
-    if result.failures:
-        counts = ", ".join(f"{name}: {count}" for name, count in sorted(result.failures.items()))
-        _say(console, f"not ok    {counts}")
-    if result.status == "interrupted":
-        _say(
-            console,
-            f"stopped   everything finished is written. Go on: python -m sia resume={run_dir.path}",
-        )
-    elif result.status == "finished":
-        metric = checked.task.metric.name
-        _say(
-            console,
-            f"best      {result.best} with {metric}/dev = {result.best_score:.4f} after "
-            f"{result.generations} generations in {result.elapsed_s:.0f} s ({result.reason})",
-        )
-        _say(console, f"next      open the sealed test: python -m sia.exam {run_dir.path}")
     return result
+
+
+def _report(console: Console, result: RunResult, tally: _Tally, path: Path, metric: str) -> None:
+    if result.tracking:
+        _say(console, f"tracking  {result.tracking}")
+    if tally.failures:
+        _say(console, f"not ok    {tally.counts()}")
+    if result.status == "interrupted":
+        _say(console, "stopped   everything finished is written")
+        _say(console, f"next      go on: python -m sia resume={path}")
+        return
+    _say(
+        console,
+        f"best      {result.best} with {metric}/dev = {result.best_score:.4f} after "
+        f"{result.generations} generations in {result.elapsed_s:.0f} s ({result.reason})",
+    )
+    _say(console, f"next      open the sealed test: python -m sia.exam {path}")
 
 
 @contextmanager
 def _one_interrupt() -> Iterator[None]:
     """The first SIGINT or SIGTERM raises KeyboardInterrupt; later ones do not disturb the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a launcher's thread gets no signals
+        return
+
+    def later(signum: int, frame: Any) -> None:
+        os.write(2, b"sia: stopping, one moment\n")
 
     def first(signum: int, frame: Any) -> None:
         for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: os.write(2, b"sia: stopping, one moment\n") and None)
+            signal.signal(name, later)
         raise KeyboardInterrupt
 
     before = {name: signal.signal(name, first) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except KeyboardInterrupt:
-        raise  # the quiet handlers stay: what follows is the ending
-    else:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:  # else what follows is the ending
+            for name, handler in before.items():
+                signal.signal(name, handler)
 
 
 def _info(cfg: Config, checked: build.Checked, choices: Mapping[str, str], text: str) -> RunInfo:

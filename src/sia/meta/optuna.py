@@ -223,6 +223,9 @@ def _open_study(state: Path, metric: Metric) -> "optuna.Study":
     state.mkdir(parents=True, exist_ok=True)
     log = state / "study.log"
     log.unlink(missing_ok=True)
+    # Optuna locks with a link beside the log; one left by a kill would hold us up for 30 s. The run
+    # directory is ours alone.
+    log.with_name("study.log.lock").unlink(missing_ok=True)
     return optuna.create_study(
         study_name="harness",
         storage=JournalStorage(JournalFileBackend(str(log))),

@@ -135,5 +135,5 @@ class Target(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Makes every `run`, in progress or to come, kill its processes; it raises KeyboardInterrupt."""
+        """Makes every `run`, in progress or to come, kill its processes and raise."""
         ...
