@@ -112,6 +112,24 @@ def test_a_symptom_brings_its_move_once_and_states_the_evidence(tmp_path: Path) 
     assert [search.turn().source for _ in range(5)] == ["tpe"] * 5
 
 
+def test_moves_that_were_refused_alone_are_tried_together_once(tmp_path: Path) -> None:
+    search = Search(tmp_path, OptunaBackend())
+    (search.reference / "space.yaml").write_text(
+        SPACE.split("moves:")[0]
+        + "moves:\n"
+        + "  - {set: {a: 0.0}, hypothesis: One., expect: p}\n"
+        + "  - {set: {b: z, c.use: false}, hypothesis: Two., expect: q}\n"
+        + "  - {set: {b: y}, hypothesis: Three., expect: r}\n"
+    )
+    search.turn()
+    assert [search.turn().source for _ in range(3)] == ["move:0", "move:1", "move:2"]
+    together = search.turn()
+    assert together.source == "moves:together"
+    assert together.changes == {"a": 0.0, "b": "z"}
+    assert together.hypothesis.endswith("One. Two.")
+    assert [search.turn().source for _ in range(3)] == ["tpe"] * 3
+
+
 def test_without_moves_every_proposal_is_a_trial(tmp_path: Path) -> None:
     search = Search(tmp_path, OptunaBackend(use_moves=False))
     search.turn()

@@ -1,10 +1,12 @@
 """The embedded backend: a real optimiser over the space that the reference harness declares.
 
-It needs no language model and imitates none. Every proposal is one of two kinds:
+It needs no language model and imitates none. Every proposal is one of three kinds:
 
 1. a *move*: an expert's answer to a symptom that the evaluation of the incumbent shows, declared in
    `space.yaml`, tried in the order given and at most once each;
-2. a *trial*: a few knobs of the incumbent turned to values that Optuna's tree-structured Parzen
+2. the refused moves *together*, once, when no single one is left: steps that lose alone may pay
+   together, and keeping the best of single steps would never find that out;
+3. a *trial*: a few knobs of the incumbent turned to values that Optuna's tree-structured Parzen
    estimator suggests from all scored candidates.
 
 A configuration that was tried before is recognised and never proposed again. The plateau rule:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     import optuna
 
 MAX_ASKS = 200
+TOGETHER = "moves:together"
 EXHAUSTED = "every configuration within reach has been tried"
 
 
@@ -79,7 +82,11 @@ class OptunaBackend:
                 source="reference",
                 knobs=base,
             )
-        proposal = self._move(request, space, base) or self._trial(request, space, base)
+        proposal = (
+            self._move(request, space, base)
+            or self._together(request, space, base)
+            or self._trial(request, space, base)
+        )
         write_knobs(request.workspace, proposal.changes)
         return proposal
 
@@ -124,6 +131,33 @@ class OptunaBackend:
                 knobs=knobs,
             )
         return None
+
+    def _together(self, request: Request, space: Space, base: Knobs) -> Proposal | None:
+        """All moves that were tried and refused, as one step."""
+        made = [past.candidate.proposal for past in request.history] + list(request.siblings)
+        used = {proposal.source for proposal in made}
+        refused = {
+            f"move:{number}": move
+            for number, move in enumerate(space.moves)
+            if f"move:{number}" in used and any(base[k] != value for k, value in move.set.items())
+        }
+        if not self._use_moves or TOGETHER in used or len(refused) < 2:
+            return None
+        knobs = dict(base)
+        for move in refused.values():
+            knobs |= move.set
+        knobs = settle(space, knobs, base)
+        if _key(knobs) in _tried(request, space):
+            return None
+        return Proposal(
+            hypothesis="Moves that lost one by one may pay together: "
+            + " ".join(move.hypothesis.strip() for move in refused.values()),
+            evidence=f"refused alone: {', '.join(refused)}{_worst(_shown(request))}",
+            expected_effect="; ".join(f"{name}: {move.expect}" for name, move in refused.items()),
+            source=TOGETHER,
+            changes=_changes(base, knobs),
+            knobs=knobs,
+        )
 
     def _trial(self, request: Request, space: Space, base: Knobs) -> Proposal:
         study = self._study_to_ask(request, space)
