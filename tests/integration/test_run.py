@@ -324,8 +324,11 @@ def test_a_bug_keeps_its_traceback(sia: Sia, tmp_path: Path) -> None:
     assert result(tmp_path / "run").status == "failed"
 
 
-def test_a_multirun_is_a_run_per_job(sia: Sia, tmp_path: Path) -> None:
-    done = sia("-m", *QUICK, "sweep=seeds", "generations=2")
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_a_multirun_is_a_run_per_job(sia: Sia, tmp_path: Path, launcher: str) -> None:
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    done = sia("-m", *QUICK, "sweep=seeds", "generations=2", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stderr
     runs = sorted((tmp_path / "runs" / "sweeps").glob("*/*/run.json"))
     assert [rundir.read_info(path.parent).seed for path in runs] == [0, 1, 2]
