@@ -184,7 +184,7 @@ def _generation(
         yield Proposed(candidate=candidate)
 
     waiting: set[Future[Result]] = {
-        pool.submit(_try, parts, limits, memory, candidate)
+        pool.submit(_try, parts, limits, candidate)
         for candidate in candidates
         if candidate.duplicate_of is None
     }
@@ -259,7 +259,7 @@ def _propose(
     )
 
 
-def _try(parts: Parts, limits: Limits, memory: _Memory, candidate: Candidate) -> Result:
+def _try(parts: Parts, limits: Limits, candidate: Candidate) -> Result:
     """Runs and scores one candidate; called in a worker thread."""
     if candidate.problem:
         attempt = Attempt(

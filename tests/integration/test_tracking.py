@@ -3,10 +3,12 @@
 import json
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -528,3 +530,34 @@ def test_package_is_light_and_satisfies_the_protocol() -> None:
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     )
     assert done.stdout == "False\n"
+
+
+def test_the_page_opens_on_the_right_database_and_leaves_no_process(
+    database: Path,
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    page = subprocess.Popen(
+        [sys.executable, "-m", "sia.tracking", "ui", "--port", str(port)],
+        cwd=database.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+                    assert reply.status == 200
+                break
+            except OSError:
+                assert page.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        page.terminate()
+        page.wait(timeout=30)
+    deadline = time.monotonic() + 20
+    session = ["pgrep", "-s", str(page.pid)]
+    while subprocess.run(session, capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline, "processes of the page are left"
+        time.sleep(0.2)

@@ -150,7 +150,9 @@ def _ui(location: Location, host: str, port: int) -> int:
         )
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", location.uri]
     command += ["--host", host, "--port", str(port)]
-    os.execve(sys.executable, command, child_environment(location))
+    # The page needs none of the server's job workers: six processes that may outlive it.
+    environment = {**child_environment(location), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    os.execve(sys.executable, command, environment)
 
 
 if __name__ == "__main__":
