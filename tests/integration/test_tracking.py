@@ -540,8 +540,11 @@ def test_the_page_opens_on_the_right_database_and_leaves_no_process(
         port = probe.getsockname()[1]
     page = subprocess.Popen(
         [sys.executable, "-m", "sia.tracking", "ui", "--port", str(port)],
-        cwd=database.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        cwd=database.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 90
         while True:
