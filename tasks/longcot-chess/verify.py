@@ -1,0 +1,128 @@
+"""Score one submission of `longcot-chess` against one split's labels."""
+
+import csv
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HEADER = ["id", "answer"]
+N_MOVES = 3
+_NUMBER = re.compile(r"[0-9]{1,6}")
+
+
+def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
+    """Accuracy over every item of the split, with what the search may learn from it.
+
+    The denominator is fixed: a missing, empty, unreadable or duplicated answer is wrong. Rows for
+    ids outside the split are ignored, because a submission covers dev and test together. Numbers
+    are compared as numbers, moves one by one in their order.
+
+    Args:
+        submission_dir: Folder with submission.csv (`id,answer`); nothing else is read.
+        labels_dir: Folder with labels.csv (`id,label,kind`).
+
+    Returns:
+        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0) and breakdown
+        (recall by kind).
+
+    Raises:
+        ValueError: submission.csv is missing, is not UTF-8 or has another header.
+    """
+    with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
+        truth = {row["id"]: row for row in csv.DictReader(file)}
+    given: dict[str, list[str]] = defaultdict(list)
+    for item, answer in read_submission(submission_dir):
+        if item in truth:
+            given[item].append(answer)
+
+    answers: dict[str, int | list[str]] = {}
+    faults: Counter[str] = Counter()
+    for item, row in truth.items():
+        if len(given[item]) > 1:
+            faults["duplicated"] += 1
+        elif not given[item] or not given[item][0]:
+            faults["missing"] += 1
+        elif (answer := parse(given[item][0], row["kind"])) is None:
+            faults["unreadable"] += 1
+        else:
+            answers[item] = answer
+
+    expected = {item: parse(row["label"], row["kind"]) for item, row in truth.items()}
+    items = {item: float(answers.get(item) == expected[item]) for item in truth}
+    by_kind = {
+        kind: [item for item, row in truth.items() if row["kind"] == kind]
+        for kind in ("knight", "moves")
+    }
+    # How many moves a tour is longer than it need be, over the knight items with a number.
+    excess = [
+        answers[item] - expected[item]  # type: ignore[operator]  # both are numbers
+        for item in by_kind["knight"]
+        if item in answers
+    ]
+    recall = {
+        kind: {"n": len(own), "recall": _mean(items[item] for item in own)}
+        for kind, own in by_kind.items()
+    }
+    score = _mean(items.values())
+    return {
+        "score": score,
+        "n_items": len(items),
+        "n_answered": len(answers),
+        "metrics": {
+            "accuracy": score,
+            "accuracy_knight": recall["knight"]["recall"],
+            "accuracy_moves": recall["moves"]["recall"],
+            "n_duplicated": float(faults["duplicated"]),
+            "n_unreadable": float(faults["unreadable"]),
+            "n_missing": float(faults["missing"]),
+        },
+        "symptoms": {
+            "abstained_share": 1 - len(answers) / len(items),
+            "too_long_share": _mean(float(e > 0) for e in excess),
+            "too_short_share": _mean(float(e < 0) for e in excess),
+            "mean_excess": _mean(float(e) for e in excess),
+            "moves_missed_share": 1 - recall["moves"]["recall"] if by_kind["moves"] else 0.0,
+        },
+        "items": items,
+        "breakdown": {"recall": recall},
+    }
+
+
+def parse(text: str, kind: str) -> int | list[str] | None:
+    """A number, or three moves; None when the text is neither."""
+    if kind == "knight":
+        return int(text) if _NUMBER.fullmatch(text) else None
+    moves = text.split()
+    return moves if len(moves) == N_MOVES else None
+
+
+def read_submission(submission_dir: Path) -> list[tuple[str, str]]:
+    """All rows of submission.csv, outer blanks removed; a row without an answer has an empty one.
+
+    Raises:
+        ValueError: One line that says what is wrong with the file as a whole.
+    """
+    path = submission_dir / "submission.csv"
+    # A link could lead to the labels.
+    if path.is_symlink() or not path.is_file():
+        raise ValueError("submission.csv is missing or is not a plain file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"submission.csv is not UTF-8 (byte {error.start})") from None
+    try:
+        table = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"submission.csv is not a CSV file: {error}") from None
+    header = table[0] if table else []
+    if header != HEADER:
+        raise ValueError(f"submission.csv: the header is {header[:5]!r}, not {','.join(HEADER)}")
+    return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in table[1:] if row]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,124 @@
+"""Score one submission of `spaceship-titanic` against one split's labels."""
+
+import csv
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HEADER = ["PassengerId", "Transported"]
+ANSWERS = ("yes", "no")
+
+
+def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
+    """Accuracy over every item of the split, with what the search may learn from it.
+
+    The denominator is fixed: a missing, empty, unknown or duplicated answer is wrong. Rows for
+    passengers outside the split are ignored, because a submission covers dev and test together.
+
+    Args:
+        submission_dir: Folder with submission.csv (`PassengerId,Transported`).
+        labels_dir: Folder with labels.csv, as `prepare` writes it.
+
+    Returns:
+        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0) and breakdown
+        (recall by answer, sleep and planet; the two confusions).
+
+    Raises:
+        ValueError: submission.csv is missing, is not UTF-8 or has another header.
+    """
+    with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
+        truth = {row["id"]: row for row in csv.DictReader(file)}
+    given: dict[str, list[str]] = defaultdict(list)
+    for passenger, answer in read_submission(submission_dir):
+        if passenger in truth:
+            given[passenger].append(answer)
+
+    answers: dict[str, str] = {}
+    faults: Counter[str] = Counter()
+    for item in truth:
+        if len(given[item]) > 1:
+            faults["duplicated"] += 1
+        elif not given[item] or not given[item][0]:
+            faults["missing"] += 1
+        elif given[item][0] not in ANSWERS:
+            faults["unknown_answer"] += 1
+        else:
+            answers[item] = given[item][0]
+
+    items = {item: float(answers.get(item) == row["label"]) for item, row in truth.items()}
+    score = _mean(items.values())
+    recall = _by(items, truth, "label")
+    asleep = _by(items, truth, "asleep")
+    errors = Counter((truth[i]["label"], answers[i]) for i in sorted(answers) if not items[i])
+    alone = _mean(hit for item, hit in items.items() if truth[item]["group_size"] == "1")
+    together = _mean(hit for item, hit in items.items() if truth[item]["group_size"] != "1")
+    return {
+        "score": score,
+        "n_items": len(items),
+        "n_answered": len(answers),
+        "metrics": {
+            "accuracy": score,
+            "accuracy_new_group": _mean(
+                hit for item, hit in items.items() if truth[item]["group_in_train"] == "0"
+            ),
+            "n_duplicated": float(faults["duplicated"]),
+            "n_unknown_answer": float(faults["unknown_answer"]),
+            "n_missing": float(faults["missing"]),
+        },
+        "symptoms": {
+            "abstained_share": 1 - len(answers) / len(items),
+            "error_share": 1 - score,
+            "error_share_awake": 1 - asleep.get("False", {"recall": 1.0})["recall"],
+            "recall_gap": recall.get("yes", {"recall": 0.0})["recall"]
+            - recall.get("no", {"recall": 0.0})["recall"],
+            "group_gap": alone - together,
+        },
+        "items": items,
+        "breakdown": {
+            "recall": recall,
+            "asleep": asleep,
+            "planet": _by(items, truth, "planet"),
+            "confusions": [[true, answer, count] for (true, answer), count in errors.most_common()],
+        },
+    }
+
+
+def read_submission(submission_dir: Path) -> list[tuple[str, str]]:
+    """All rows of submission.csv, outer blanks removed; a row without an answer has an empty one.
+
+    Raises:
+        ValueError: One line that says what is wrong with the file as a whole.
+    """
+    path = submission_dir / "submission.csv"
+    # A link could lead to the labels.
+    if path.is_symlink() or not path.is_file():
+        raise ValueError("submission.csv is missing or is not a plain file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"submission.csv is not UTF-8 (byte {error.start})") from None
+    try:
+        table = list(csv.reader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"submission.csv is not a CSV file: {error}") from None
+    header = table[0] if table else []
+    if header != HEADER:
+        raise ValueError(f"submission.csv: the header is {header[:5]!r}, not {','.join(HEADER)}")
+    return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in table[1:] if row]
+
+
+def _by(
+    items: dict[str, float], truth: dict[str, dict[str, str]], column: str
+) -> dict[str, dict[str, float]]:
+    """Share of right answers for each value of a column."""
+    hits: dict[str, list[float]] = defaultdict(list)
+    for item, hit in items.items():
+        hits[truth[item][column]].append(hit)
+    return {value: {"n": len(hits[value]), "recall": _mean(hits[value])} for value in sorted(hits)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
