@@ -98,12 +98,12 @@ def generate(pattern: str, count: int, *, rng: random.Random) -> list[Row]:
     """
     knights, tours = _harness("knights"), _harness("tours")
     given = knights.read_knight(pattern)
-    rows = []
+    rows: list[Row] = []
     while len(rows) < count:
-        n = given.size**2
-        cells = rng.sample(range(n), 1 + len(given.targets))
-        squares = iter([divmod(cell, given.size) for cell in cells])
-        prompt = re.sub(r"\(\d+, \d+\)", lambda _, squares=squares: str(next(squares)), pattern)
+        cells = rng.sample(range(given.size**2), 1 + len(given.targets))
+        squares = [str(divmod(cell, given.size)) for cell in cells]
+        texts = re.split(r"\(\d+, \d+\)", pattern)
+        prompt = "".join(a + b for a, b in zip(texts, [*squares, ""], strict=True))
         D = knights.distances(knights.read_knight(prompt), method="bfs")
         greedy = tours.greedy(D, 1)
         found = tours.exact(D, upper=greedy, limit_s=PROOF_S)

@@ -34,9 +34,9 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
     with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
         truth = {row["id"]: row for row in csv.DictReader(file)}
     given: dict[str, list[str]] = defaultdict(list)
-    for item, answer in read_submission(submission_dir):
+    for item, text in read_submission(submission_dir):
         if item in truth:
-            given[item].append(answer)
+            given[item].append(text)
 
     answers: dict[str, int | list[str]] = {}
     faults: Counter[str] = Counter()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,9 +82,9 @@ def test_a_member_that_the_wheel_lacks_is_named(wheel_task: Task) -> None:
 
 @pytest.fixture
 def repository(wheel_task: Task, tmp_path: Path) -> Path:
-    """A DVC repository with our own dvc.yaml, for the toy task in place of lawbench."""
+    """A DVC repository with our own dvc.yaml, for the toy task in place of the real ones."""
     root = wheel_task.root.parents[1]
-    text = (ROOT / "dvc.yaml").read_text().replace("[lawbench]", "[toy]")
+    text = re.sub(r"task: \[.*\]", "task: [toy]", (ROOT / "dvc.yaml").read_text())
     (root / "dvc.yaml").write_text(text)
     shutil.copy(ROOT / "params.yaml", root)
     (root / ".gitignore").write_text("/tasks/*/data/\n")
