@@ -6,9 +6,9 @@ demo:  # installs, fetches the data, improves a LawBench target, opens the seale
 	@scripts/data lawbench
 	@scripts/demo
 
-test:  # installs what the tests need, fetches the data, runs the tests
+test:  # installs what the tests need, fetches the data of all tasks, runs the tests
 	@scripts/setup dev
-	@scripts/data lawbench
+	@scripts/data
 	@.venv/bin/python -m pytest
 
 check:  # what CI and pre-commit check besides the tests
