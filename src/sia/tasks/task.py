@@ -65,6 +65,7 @@ class Source:
     Attributes:
         kind: `wheel`, or `generated` for tasks whose prepare.py makes its data from the seed.
         members: Name in `data/raw` -> member of the wheel.
+        also: Further wheels, for data that no single one holds.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Source:
     sha256: str = ""
     licence: str = ""
     members: dict[str, str] = field(default_factory=dict)
+    also: tuple["Source", ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
