@@ -99,10 +99,20 @@ def poisson_factors(counts: Matrix, settings: Factors) -> Matrix:
     genes = np.maximum(directions, 0.0).T + 0.1 / np.sqrt(n_genes)  # (r, G)
     genes /= genes.sum(1, keepdims=True)
     cells *= counts.sum(1, keepdims=True) / cells.sum(1, keepdims=True)
+    genes = np.ascontiguousarray(genes.T)  # (G, r)
+    # Entries without a molecule have the ratio 0: the rates are needed at the others alone.
+    ratio = sparse.csr_matrix(counts)
+    found, row, column = ratio.data.copy(), *ratio.nonzero()
     for _ in range(settings.rounds):
-        ratio = counts / np.maximum(cells @ genes, 1e-12)
-        cells *= ratio @ genes.T
-        ratio = counts / np.maximum(cells @ genes, 1e-12)
-        genes *= cells.T @ ratio
-        genes /= np.maximum(genes.sum(1, keepdims=True), 1e-12)
-    return cells @ genes
+        ratio.data = found / _rates(cells, genes, row, column)
+        cells *= ratio @ genes
+        ratio.data = found / _rates(cells, genes, row, column)
+        genes *= ratio.T @ cells
+        genes /= np.maximum(genes.sum(0), 1e-12)
+    return cells @ genes.T
+
+
+def _rates(cells: Matrix, genes: Matrix, row: Any, column: Any) -> Matrix:
+    """Entries of `cells @ genes.T` at the given positions."""
+    rates: Matrix = np.einsum("nr,nr->n", cells[row], genes[column])
+    return np.maximum(rates, 1e-12)
