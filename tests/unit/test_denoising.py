@@ -176,23 +176,6 @@ def test_figures_of_the_real_matrix_at_the_official_seed() -> None:
     assert verify_module.official_poisson(held, held, train) == pytest.approx(0.059463, abs=5e-7)
 
 
-@pytest.mark.slow
-def test_figures_known_from_elsewhere_are_those_of_truncated_counts() -> None:
-    raw = TASK / "data" / "raw" / "sample_cell_by_gene.csv"
-    if not raw.is_file():
-        pytest.skip("no data: dvc repro fetch@denoising")
-    with raw.open(encoding="utf-8") as file:
-        next(file)
-        rows = [np.array(line.rstrip().split(",")[1:], float).astype(np.int64) for line in file]
-    train, held = prepare_module.split_matrix(np.stack(rows), seed=0)
-    assert train.shape == (559, 9810)
-    assert (train.sum(), held.sum()) == (3_006_576, 334_254)
-    truth, plain = (verify_module.log_normalised(x) for x in (held, train))
-    assert ((plain - truth) ** 2).mean() == pytest.approx(0.400943, abs=5e-7)
-    assert verify_module.official_poisson(held, train, train) == pytest.approx(0.399465, abs=5e-7)
-    assert verify_module.official_poisson(held, held, train) == pytest.approx(0.054493, abs=5e-7)
-
-
 # --- metric
 
 
@@ -500,6 +483,41 @@ def with_changes(**changes: Any) -> dict[str, Any]:
         section, key = name.split("__")
         config[section][key] = value
     return config
+
+
+@pytest.mark.slow
+def test_magic_as_published_has_the_figures_known_from_elsewhere(
+    harness: dict[str, ModuleType],
+) -> None:
+    # They were measured on counts truncated to integers, without restored totals.
+    raw = TASK / "data" / "raw" / "sample_cell_by_gene.csv"
+    if not raw.is_file():
+        pytest.skip("no data: dvc repro fetch@denoising")
+    with raw.open(encoding="utf-8") as file:
+        next(file)
+        rows = [np.array(line.rstrip().split(",")[1:], float).astype(np.int64) for line in file]
+    train, held = prepare_module.split_matrix(np.stack(rows), seed=0)
+    assert train.shape == (559, 9810)
+    assert (train.sum(), held.sum()) == (3_006_576, 334_254)
+    truth, plain = (verify_module.log_normalised(x) for x in (held, train))
+    assert ((plain - truth) ** 2).mean() == pytest.approx(0.400943, abs=5e-7)
+    assert verify_module.official_poisson(held, train, train) == pytest.approx(0.399465, abs=5e-7)
+    assert verify_module.official_poisson(held, held, train) == pytest.approx(0.054493, abs=5e-7)
+
+    ends = {
+        "nothing": verify_module.official_poisson(held, train, train),
+        "perfect": verify_module.official_poisson(held, held, train),
+    }
+    values, undo = harness["target_agent"].represent(
+        train.astype(float), transform="sqrt", reversed_order=True
+    )
+    graph = harness["smooth"].Graph(**CONFIG["graph"])
+    magic = undo(harness["smooth"].diffuse(values, graph)) * np.sqrt(train).sum(1, keepdims=True)
+    error = ((verify_module.log_normalised(magic) - truth) ** 2).mean()
+    assert 1 - error / ((plain - truth) ** 2).mean() == pytest.approx(0.227, abs=5e-4)
+    poisson = verify_module.official_poisson(held, magic, train)
+    assert verify_module.normalised(poisson, **ends) == pytest.approx(0.981, abs=5e-4)
+    assert magic.sum() / train.sum() == pytest.approx(0.00025, abs=5e-6)
 
 
 @pytest.mark.parametrize(
