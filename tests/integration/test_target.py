@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from sia.target import Environments, HarnessRunner
 from sia.target.environments import COMPLETE, BuildFailed
 from sia.target.execution import marked
 from sia.target.sandbox import Docker
+from sia.tasks.task import load_task
 
 REASONS = {kind: why_not(kind) for kind in ("bwrap", "process")}
 
@@ -293,3 +295,43 @@ def test_no_target_outlives_sia(stage: Stage, number: signal.Signals) -> None:
     assert script.returncode == -number
     wait_for(lambda: not marked(marker), within_s=5)
     assert ("KeyboardInterrupt" in errors) == (number is signal.SIGINT)
+
+
+def with_source(stage: Stage, package: str) -> None:
+    """Says in task.yaml that the raw data come from `package`."""
+    path = stage.task.root / "task.yaml"
+    text = path.read_text().replace("kind: generated", f"kind: wheel, package: {package}")
+    path.write_text(text)
+    stage.task = load_task(stage.task.root)
+
+
+def test_a_package_with_the_answers_beside_the_interpreter_stops_the_run(stage: Stage) -> None:
+    with_source(stage, "NumPy")
+    with pytest.raises(TargetError, match="pip uninstall NumPy"):
+        stage.runner().check()
+
+
+def test_requirements_cannot_bring_the_package_with_the_answers(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = stage.root / "index"
+    index.mkdir()
+    for name, needs in (("the_answers", ""), ("innocent", "Requires-Dist: the-answers\n")):
+        info = f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(index / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}.py", "")
+            wheel.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}"
+            )
+            wheel.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with_source(stage, "The.Answers")
+    for name in ("the-answers", "innocent"):
+        harness = write_harness(stage, name, PREFIX, f"{name}\n")
+        attempt = stage.runner().run(name, harness=harness, out=stage.out(name), deadline_s=60)
+        assert attempt.outcome is Outcome.CRASHED
+        assert "brings 'The.Answers', which holds the answers" in attempt.reason

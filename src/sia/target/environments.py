@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sia.target.protocol import Runtime
@@ -110,6 +110,22 @@ def current_runtime() -> Runtime:
         python=Path(sys.executable),
         roots=_roots(Path(sys.prefix), Path(sys.exec_prefix), Path(sys.base_prefix)),
     )
+
+
+def holds(runtime: Runtime, packages: Iterable[str]) -> str:
+    """The first of `packages` that is installed where `runtime` can read it; empty if none is."""
+    wanted = {_normal(name): name for name in packages}
+    for root in runtime.roots:
+        for pattern in ("site-packages/*.dist-info", "python*/site-packages/*.dist-info"):
+            for folder in root.glob(pattern):
+                if name := wanted.get(_normal(folder.name.split("-")[0])):
+                    return name
+    return ""
+
+
+def _normal(name: str) -> str:
+    """A package's name as the index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _roots(*prefixes: Path) -> tuple[Path, ...]:

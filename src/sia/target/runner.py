@@ -16,7 +16,7 @@ from sia.errors import TargetError
 from sia.records import Attempt, Outcome
 from sia.rundir import write_error
 from sia.target.collect import Refused, collect_submission, collect_trajectories
-from sia.target.environments import BuildFailed, Environments, current_runtime
+from sia.target.environments import BuildFailed, Environments, current_runtime, holds
 from sia.target.execution import Cancel, Execution, execute
 from sia.target.protocol import Job, Limits, Sandbox
 from sia.tasks.task import Task
@@ -52,6 +52,7 @@ class HarnessRunner:
         self._sandbox = sandbox
         self._environments = environments
         self._submission = task.facts.submission
+        self._sources = task.source_packages
         self._limits = limits
         self._data = (data or task.public_dir).resolve()
         self._data_checked = False
@@ -66,8 +67,15 @@ class HarnessRunner:
             TargetError: The sandbox does not work here, or would hide part of the data.
         """
         self._sandbox.check()
-        if self._sandbox.shields_data and not self._data_checked:
+        if self._data_checked:
+            return
+        if self._sandbox.shields_data:
             _refuse_outward_links(self._data)
+        if self._sandbox.host_runtime and (name := holds(current_runtime(), self._sources)):
+            raise TargetError(
+                f"The package {name!r} is installed here, where every target can read it, and it "
+                f"holds the answers of the task. Remove it: pip uninstall {name}"
+            )
         self._data_checked = True
 
     def run(self, candidate: str, *, harness: Path, out: Path, deadline_s: float) -> Attempt:
@@ -105,6 +113,8 @@ class HarnessRunner:
         if self._sandbox.host_runtime:
             try:
                 runtime = self._environments.runtime(harness, cancelled=cancel.is_set)
+                if name := holds(runtime, self._sources):
+                    raise BuildFailed(f"requirements.txt brings {name!r}, which holds the answers")
             except BuildFailed as failure:
                 _write_logs(out, stdout="", stderr=failure.log, usage={})
                 return Attempt(candidate=candidate, outcome=Outcome.CRASHED, reason=str(failure))

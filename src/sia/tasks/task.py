@@ -123,6 +123,12 @@ class Task:
         return self.facts.metric
 
     @property
+    def source_packages(self) -> tuple[str, ...]:
+        """Packages on the index that hold the raw data, answers included; not for targets."""
+        sources = (self.facts.source, *self.facts.source.also)
+        return tuple(source.package for source in sources if source.package)
+
+    @property
     def public_dir(self) -> Path:
         """What the target sees, read-only."""
         return self.root / "data" / "public"
