@@ -84,7 +84,7 @@ def test_every_group_is_documented_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["task=lawbnech"], "Did you mean 'lawbench'? Options: lawbench, "),
+        (["task=lawbnech"], "Did you mean 'lawbench'? Options: "),
         (["generatons=3"], "There is no key 'generatons'. Did you mean 'generations'?"),
         (["search.candidate=3"], "Did you mean 'search.candidates'?"),
         (["candidates=3"], "Did you mean 'search.candidates'?"),
