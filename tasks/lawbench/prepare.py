@@ -1,17 +1,16 @@
 """Turn the wheel's files into the public side and the two private label sides of `lawbench`."""
 
-import csv
 import json
 import random
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from sia.tasks.tables import Row, opaque_ids, read_table, write_table
 
 N_DEV = 800
 HERE = Path(__file__).parent
-
-Row = dict[str, str]
 
 
 def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
@@ -30,10 +29,10 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     Raises:
         ValueError: The raw files contradict each other.
     """
-    train_raw = _read(raw / "train.csv")
-    test_items = _read(raw / "test_items.csv")
+    train_raw = read_table(raw / "train.csv")
+    test_items = read_table(raw / "test_items.csv")
     labels: list[str] = json.loads((raw / "classes.json").read_text(encoding="utf-8"))
-    answers = {row["id"]: row["label"] for row in _read(raw / "test_labels.csv")}
+    answers = {row["id"]: row["label"] for row in read_table(raw / "test_labels.csv")}
     if {row["id"] for row in test_items} != answers.keys():
         raise ValueError("test_items.csv and test_labels.csv name different ids; fetch them again")
     unknown = ({row["label"] for row in train_raw} | set(answers.values())) - set(labels)
@@ -51,14 +50,14 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     rng.shuffle(tagged)
     sides: dict[str, list[Row]] = {"train": [], "dev": [], "test": []}
     items: list[Row] = []
-    for (side, row), new_id in zip(tagged, _opaque_ids(len(tagged), rng), strict=True):
+    for (side, row), new_id in zip(tagged, opaque_ids(len(tagged), rng), strict=True):
         fresh = {"id": new_id, "text": row["text"], "label": row["label"]}
         sides[side].append(fresh)
         if side != "train":
             items.append(fresh)
 
-    _write(public / "train.csv", ["id", "text", "label"], sides["train"])
-    _write(public / "items.csv", ["id", "text"], items)
+    write_table(public / "train.csv", ["id", "text", "label"], sides["train"])
+    write_table(public / "items.csv", ["id", "text"], items)
     _write_labels(public / "labels.json", labels)
     shutil.copyfile(HERE / "task.md", public / "task.md")
     known_texts = {row["text"] for row in train}
@@ -74,7 +73,7 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
             }
             for row in sides[side]
         ]
-        _write(private / side / "labels.csv", list(rows[0]), rows)
+        write_table(private / side / "labels.csv", list(rows[0]), rows)
         _write_labels(private / side / "labels.json", labels)
 
 
@@ -83,16 +82,16 @@ def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
 
     items.csv stays as it is, so one target serves both folders.
     """
-    answers = {row["id"]: row["label"] for row in _read(private_dev / "labels.csv")}
+    answers = {row["id"]: row["label"] for row in read_table(private_dev / "labels.csv")}
     dev = [
         {**row, "label": answers[row["id"]]}
-        for row in _read(public / "items.csv")
+        for row in read_table(public / "items.csv")
         if row["id"] in answers
     ]
-    train = _read(public / "train.csv") + dev
+    train = read_table(public / "train.csv") + dev
     # By id, which is random: dev rows at the end of the file would tell who they were.
     train.sort(key=lambda row: row["id"])
-    _write(out / "train.csv", ["id", "text", "label"], train)
+    write_table(out / "train.csv", ["id", "text", "label"], train)
     for name in ("items.csv", "labels.json", "task.md"):
         shutil.copyfile(public / name, out / name)
 
@@ -125,26 +124,6 @@ def _quotas(counts: Counter[str], *, total: int) -> dict[str, int]:
     for label in by_remainder[: round(share * n) - sum(quota.values())]:
         quota[label] += 1
     return quota
-
-
-def _opaque_ids(n: int, rng: random.Random) -> list[str]:
-    ids: dict[str, None] = {}
-    while len(ids) < n:
-        ids[f"{rng.getrandbits(40):010x}"] = None
-    return list(ids)
-
-
-def _read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, columns: list[str], rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _write_labels(path: Path, labels: list[str]) -> None:

@@ -1,12 +1,12 @@
 """Score one submission of `lawbench` against one split's labels."""
 
-import csv
-import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sia.tasks.tables import read_submission, read_table
 
 HEADERS = (["id", "label"], ["id", "label", "alternatives"])
 TOP_K = 5
@@ -33,10 +33,10 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: submission.csv is missing, is not UTF-8 or has another header.
     """
-    truth = _read_truth(labels_dir)
+    truth = {row["id"]: row for row in read_table(labels_dir / "labels.csv")}
     labels = set(json.loads((labels_dir / "labels.json").read_text(encoding="utf-8")))
     rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in read_submission(submission_dir):
+    for row in read_submission(submission_dir, *HEADERS):
         if row["id"] in truth:
             rows[row["id"]].append(row)
 
@@ -89,39 +89,6 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             ],
         },
     }
-
-
-def read_submission(submission_dir: Path) -> list[dict[str, str]]:
-    """All rows of submission.csv, every column present, outer blanks removed.
-
-    Raises:
-        ValueError: One line that says what is wrong with the file as a whole.
-    """
-    path = submission_dir / "submission.csv"
-    # A link could lead to the labels.
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("submission.csv is missing or is not a plain file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"submission.csv is not UTF-8 (byte {error.start})") from None
-    try:
-        table = list(csv.reader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise ValueError(f"submission.csv is not a CSV file: {error}") from None
-    header = table[0] if table else []
-    if header not in HEADERS:
-        raise ValueError(f"submission.csv: the header is {header[:5]!r}, not id,label,alternatives")
-    names = HEADERS[-1]
-    return [
-        {name: row[k].strip() if k < len(row) else "" for k, name in enumerate(names)}
-        for row in table[1:]
-    ]
-
-
-def _read_truth(labels_dir: Path) -> dict[str, dict[str, str]]:
-    with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
-        return {row["id"]: row for row in csv.DictReader(file)}
 
 
 def _fault(rows: list[dict[str, str]], labels: set[str]) -> str | None:

@@ -1,22 +1,20 @@
 """Turn the wheel's files into the public side and the two private sides of `longcot-chess`."""
 
-import csv
 import importlib
 import json
 import random
 import re
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
+
+from sia.tasks.tables import Row, opaque_ids, read_table, write_table
 
 N_DEV = {"knight": 9, "moves": 3}  # of 39 and 11
 N_TRAIN = 24
 PROOF_S = 120.0  # per generated problem; a second or less is usual
 HERE = Path(__file__).parent
 ANSWER = {"knight": re.compile(r"\d+"), "moves": re.compile(r"\S+ \S+ \S+")}
-
-Row = dict[str, str]
 
 
 def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
@@ -42,30 +40,30 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     train = [{**row, "side": "train"} for row in generate(pattern, N_TRAIN, rng=rng)]
     mixed = train + rows
     rng.shuffle(mixed)
-    for row, identity in zip(mixed, _opaque_ids(len(mixed), rng), strict=True):
+    for row, identity in zip(mixed, opaque_ids(len(mixed), rng), strict=True):
         row["id"] = identity
 
     sides = {
         side: [row for row in mixed if row["side"] == side] for side in ("train", "dev", "test")
     }
-    _write(public / "train.csv", ["id", "prompt", "label"], sides["train"])
+    write_table(public / "train.csv", ["id", "prompt", "label"], sides["train"])
     items = [row for row in mixed if row["side"] != "train"]
-    _write(public / "items.csv", ["id", "prompt"], items)
+    write_table(public / "items.csv", ["id", "prompt"], items)
     shutil.copyfile(HERE / "task.md", public / "task.md")
     for side in ("dev", "test"):
-        _write(private / side / "labels.csv", ["id", "label", "kind"], sides[side])
+        write_table(private / side / "labels.csv", ["id", "label", "kind"], sides[side])
 
 
 def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
     """Write a public folder whose train.csv holds the dev items too, for the last refit."""
-    answers = {row["id"]: row["label"] for row in _read(private_dev / "labels.csv")}
-    train = _read(public / "train.csv") + [
+    answers = {row["id"]: row["label"] for row in read_table(private_dev / "labels.csv")}
+    train = read_table(public / "train.csv") + [
         {**row, "label": answers[row["id"]]}
-        for row in _read(public / "items.csv")
+        for row in read_table(public / "items.csv")
         if row["id"] in answers
     ]
     train.sort(key=lambda row: row["id"])
-    _write(out / "train.csv", ["id", "prompt", "label"], train)
+    write_table(out / "train.csv", ["id", "prompt", "label"], train)
     for name in ("items.csv", "task.md"):
         shutil.copyfile(public / name, out / name)
 
@@ -120,23 +118,3 @@ def _harness(name: str):  # type: ignore[no-untyped-def]  # a module, whose func
         return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
-
-
-def _opaque_ids(n: int, rng: random.Random) -> list[str]:
-    ids: dict[str, None] = {}
-    while len(ids) < n:
-        ids[f"{rng.getrandbits(40):010x}"] = None
-    return list(ids)
-
-
-def _read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, columns: list[str], rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

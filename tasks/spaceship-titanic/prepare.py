@@ -1,19 +1,18 @@
 """Turn the wheel's files into the public side and the two private label sides."""
 
-import csv
 import random
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from sia.tasks.tables import Row, read_table, write_table
+
 N_DEV = 1500
 ANSWER = "Transported"
 # Not True and False: CryoSleep and VIP say that too, and a leak would not stand out.
 WORDS = {"True": "yes", "False": "no"}
 HERE = Path(__file__).parent
-
-Row = dict[str, str]
 
 
 def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
@@ -31,9 +30,9 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     Raises:
         ValueError: The raw files contradict each other.
     """
-    rows = _read(raw / "train.csv")
-    test = _read(raw / "test_labels.csv")
-    items = _read(raw / "test_items.csv")
+    rows = read_table(raw / "train.csv")
+    test = read_table(raw / "test_labels.csv")
+    items = read_table(raw / "test_items.csv")
     if [{k: v for k, v in row.items() if k != ANSWER} for row in test] != items:
         raise ValueError("test_items.csv and test_labels.csv differ; fetch them again")
     if {row["PassengerId"] for row in rows} & {row["PassengerId"] for row in test}:
@@ -50,8 +49,8 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     mixed = dev + test
     rng.shuffle(train)
     rng.shuffle(mixed)
-    _write(public / "train.csv", list(train[0]), train)
-    _write(public / "items.csv", [name for name in train[0] if name != ANSWER], mixed)
+    write_table(public / "train.csv", list(train[0]), train)
+    write_table(public / "items.csv", [name for name in train[0] if name != ANSWER], mixed)
     shutil.copyfile(HERE / "task.md", public / "task.md")
 
     train_groups = {_group(row) for row in train}
@@ -69,7 +68,7 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
             }
             for row in members
         ]
-        _write(private / side / "labels.csv", list(labels[0]), labels)
+        write_table(private / side / "labels.csv", list(labels[0]), labels)
 
 
 def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
@@ -77,17 +76,17 @@ def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
 
     items.csv stays as it is, so one target serves both folders.
     """
-    answers = {row["id"]: row["label"] for row in _read(private_dev / "labels.csv")}
-    train = _read(public / "train.csv")
+    answers = {row["id"]: row["label"] for row in read_table(private_dev / "labels.csv")}
+    train = read_table(public / "train.csv")
     columns = list(train[0])
     train += [
         {**row, ANSWER: answers[row["PassengerId"]]}
-        for row in _read(public / "items.csv")
+        for row in read_table(public / "items.csv")
         if row["PassengerId"] in answers
     ]
     # Dev rows at the end of the file would tell who they were.
     train.sort(key=lambda row: row["PassengerId"])
-    _write(out / "train.csv", columns, train)
+    write_table(out / "train.csv", columns, train)
     for name in ("items.csv", "task.md"):
         shutil.copyfile(public / name, out / name)
 
@@ -127,16 +126,3 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
     for value in values:
         counts[value] += 1
     return counts
-
-
-def _read(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, columns: list[str], rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,11 +1,11 @@
 """Score one submission of `spaceship-titanic` against one split's labels."""
 
-import csv
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sia.tasks.tables import read_submission, read_table
 
 HEADER = ["PassengerId", "Transported"]
 ANSWERS = ("yes", "no")
@@ -28,12 +28,11 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: submission.csv is missing, is not UTF-8 or has another header.
     """
-    with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
-        truth = {row["id"]: row for row in csv.DictReader(file)}
+    truth = {row["id"]: row for row in read_table(labels_dir / "labels.csv")}
     given: dict[str, list[str]] = defaultdict(list)
-    for passenger, answer in read_submission(submission_dir):
-        if passenger in truth:
-            given[passenger].append(answer)
+    for row in read_submission(submission_dir, HEADER):
+        if row["PassengerId"] in truth:
+            given[row["PassengerId"]].append(row["Transported"])
 
     answers: dict[str, str] = {}
     faults: Counter[str] = Counter()
@@ -83,30 +82,6 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             "confusions": [[true, answer, count] for (true, answer), count in errors.most_common()],
         },
     }
-
-
-def read_submission(submission_dir: Path) -> list[tuple[str, str]]:
-    """All rows of submission.csv, outer blanks removed; a row without an answer has an empty one.
-
-    Raises:
-        ValueError: One line that says what is wrong with the file as a whole.
-    """
-    path = submission_dir / "submission.csv"
-    # A link could lead to the labels.
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("submission.csv is missing or is not a plain file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"submission.csv is not UTF-8 (byte {error.start})") from None
-    try:
-        table = list(csv.reader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise ValueError(f"submission.csv is not a CSV file: {error}") from None
-    header = table[0] if table else []
-    if header != HEADER:
-        raise ValueError(f"submission.csv: the header is {header[:5]!r}, not {','.join(HEADER)}")
-    return [(row[0].strip(), row[1].strip() if len(row) > 1 else "") for row in table[1:] if row]
 
 
 def _by(

@@ -1,25 +1,20 @@
 """The two ends of the metric: all right, and one constant answer."""
 
-import csv
 from pathlib import Path
+
+from sia.tasks.tables import Row, read_table, write_table
 
 
 def oracle(labels_dir: Path, submission_dir: Path) -> None:
     """Submits the private labels themselves."""
-    with (labels_dir / "labels.csv").open(encoding="utf-8", newline="") as file:
-        rows = [(row["id"], row["label"]) for row in csv.DictReader(file)]
-    _write(submission_dir, rows)
+    _submit(submission_dir, read_table(labels_dir / "labels.csv"))
 
 
 def null(public_dir: Path, submission_dir: Path) -> None:
     """Answers `small` to everything."""
-    with (public_dir / "items.csv").open(encoding="utf-8", newline="") as file:
-        rows = [(row["id"], "small") for row in csv.DictReader(file)]
-    _write(submission_dir, rows)
+    items = read_table(public_dir / "items.csv")
+    _submit(submission_dir, [{"id": row["id"], "label": "small"} for row in items])
 
 
-def _write(submission_dir: Path, rows: list[tuple[str, str]]) -> None:
-    with (submission_dir / "submission.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "label"))
-        writer.writerows(rows)
+def _submit(submission_dir: Path, answers: list[Row]) -> None:
+    write_table(submission_dir / "submission.csv", ("id", "label"), answers)

@@ -1,11 +1,11 @@
 """Makes the toy data from the seed: numbers, and whether they exceed a threshold."""
 
-import csv
 import json
 import random
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
+
+from sia.tasks.tables import read_table, write_table
 
 THRESHOLD = 0.37
 NOISE = 0.05  # share of train rows with the wrong label
@@ -26,27 +26,26 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
         numbers = [rng.uniform(0, THRESHOLD) for _ in range(small)]
         numbers += [rng.uniform(THRESHOLD, 1) for _ in range(count - small)]
         rng.shuffle(numbers)
-        rows[split] = [(ids.pop(), f"{x:.4f}", _label(x)) for x in numbers]
-    train = [(i, x, _flip(y) if rng.random() < NOISE else y) for i, x, y in rows["train"]]
-    items = [(i, x) for split in ("dev", "test") for i, x, _ in rows[split]]
+        rows[split] = [{"id": ids.pop(), "x": f"{x:.4f}", "label": _label(x)} for x in numbers]
+    for row in rows["train"]:
+        row["label"] = _flip(row["label"]) if rng.random() < NOISE else row["label"]
+    items = [*rows["dev"], *rows["test"]]
     rng.shuffle(items)
-    public.mkdir(parents=True)
-    _write(public / "train.csv", ("id", "x", "label"), train)
-    _write(public / "items.csv", ("id", "x"), items)
+    write_table(public / "train.csv", ("id", "x", "label"), rows["train"])
+    write_table(public / "items.csv", ("id", "x"), items)
     (public / "labels.json").write_text(json.dumps(["large", "small"]), encoding="utf-8")
     shutil.copy(Path(__file__).with_name("task.md"), public / "task.md")
     for split in ("dev", "test"):
-        (private / split).mkdir(parents=True)
-        _write(private / split / "labels.csv", ("id", "label"), [(i, y) for i, _, y in rows[split]])
+        write_table(private / split / "labels.csv", ("id", "label"), rows[split])
 
 
 def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
     """Copies the public side to `out`, with the dev items added to train."""
     shutil.copytree(public, out)
-    numbers = {row["id"]: row["x"] for row in _read(public / "items.csv")}
-    train = [(row["id"], row["x"], row["label"]) for row in _read(public / "train.csv")]
-    train += [(r["id"], numbers[r["id"]], r["label"]) for r in _read(private_dev / "labels.csv")]
-    _write(out / "train.csv", ("id", "x", "label"), train)
+    numbers = {row["id"]: row["x"] for row in read_table(public / "items.csv")}
+    dev = [row | {"x": numbers[row["id"]]} for row in read_table(private_dev / "labels.csv")]
+    train = read_table(public / "train.csv") + dev
+    write_table(out / "train.csv", ("id", "x", "label"), train)
 
 
 def _label(x: float) -> str:
@@ -55,15 +54,3 @@ def _label(x: float) -> str:
 
 def _flip(label: str) -> str:
     return "small" if label == "large" else "large"
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

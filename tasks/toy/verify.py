@@ -1,9 +1,10 @@
 """Accuracy over all items of a split; a missing, unknown or repeated answer is wrong."""
 
-import csv
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from sia.tasks.tables import read_submission, read_table
 
 
 def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
@@ -12,10 +13,8 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
     Raises:
         ValueError: The submission is not a UTF-8 CSV file with the columns id and label.
     """
-    truth = {row["id"]: row["label"] for row in _read(labels_dir / "labels.csv")}
-    rows = _read(submission_dir / "submission.csv")
-    if rows and not {"id", "label"} <= rows[0].keys():
-        raise ValueError("submission.csv has no columns id and label")
+    truth = {row["id"]: row["label"] for row in read_table(labels_dir / "labels.csv")}
+    rows = read_submission(submission_dir, ("id", "label"))
     counts = Counter(row["id"] for row in rows)
     answers = {row["id"]: row["label"] for row in rows if counts[row["id"]] == 1}
     items = {item: float(answers.get(item) == label) for item, label in truth.items()}
@@ -34,11 +33,3 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         "breakdown": {"recall": recall},
         "items": items,
     }
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path.name} is not a UTF-8 CSV file: {error}") from error
