@@ -34,6 +34,21 @@ def test_the_commands_of_a_document_run(document: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{document.name}: {command}\n{done.stdout}{done.stderr}"
 
 
+def test_the_readmes_table_is_that_of_the_report() -> None:
+    readme = (ROOT / "README.md").read_text()
+    report = (ROOT / "reports" / "lawbench_embedded.md").read_text()
+    rows = [line.split("|") for line in report.splitlines() if re.match(r"\| \S.*\| 0\.", line)]
+    exam = [[cell.strip() for cell in row[1:6]] for row in rows[:4]]
+    assert [name.split(" (")[0] for name, *_ in exam] == [
+        "reference harness", "LinearSVC", "best by dev", "final refit",
+    ]  # fmt: skip
+    for _, dev, test, interval, _ in exam:
+        low, high = interval.split(" to ")
+        shown = f"{float(test):.3f}", f"{float(low):.3f} to {float(high):.3f}"
+        assert any(all(part in line for part in shown) for line in readme.splitlines()), shown
+        assert not dev or f"| {float(dev):.3f} |" in readme
+
+
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 150
