@@ -15,7 +15,7 @@ from sia.records import Candidate, Evaluation, Exam, ExamRow, Generation, from_d
 from sia.tasks import find_task_dir, load_task
 from sia.tasks.task import Task
 
-WIDTH = 160  # columns that the widest row needs
+WIDTH = 500  # more than any row needs: a table takes no more than its cells do
 HEADER = (
     "",
     "dev",
@@ -63,7 +63,7 @@ def show(console: Console, run: Path, exam: Exam) -> None:
     for cells in _cells(exam, extra):
         table.add_row(*(Text(cell) for cell in cells))
     # A narrow terminal breaks the lines; the numbers stay whole.
-    Console(file=console.file, width=max(console.width, WIDTH)).print(table)
+    Console(file=console.file, width=WIDTH).print(table)
     console.print(_footer(run, exam), markup=False, highlight=False)
 
 
