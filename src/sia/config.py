@@ -3,10 +3,14 @@
 Values live in `conf/`, except where an option has nothing but its defaults to say.
 """
 
+import secrets
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+# In the names of folders: two processes have been seen to start in the same microsecond.
+TOKEN = secrets.token_hex(3)
 
 
 @dataclass
@@ -251,6 +255,7 @@ def register() -> None:
     for group, options in SCHEMAS.items():
         for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
+    OmegaConf.register_new_resolver("sia_token", lambda: TOKEN, replace=True)
     OmegaConf.register_new_resolver(
         "sia_run_dir", lambda resume, fresh: resume or fresh, replace=True
     )

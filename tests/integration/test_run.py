@@ -257,11 +257,10 @@ def test_a_time_budget_ends_the_run_cleanly(sia: Sia, tmp_path: Path) -> None:
 
 
 def test_two_runs_started_in_the_same_second_do_not_meet(tmp_path: Path) -> None:
-    both = [start(tmp_path, *QUICK, "generations=2") for _ in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-    assert len(list((tmp_path / "runs" / "toy" / "optuna").iterdir())) == 2
+    both = [start(tmp_path, *QUICK, "generations=2") for _ in range(4)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0] * 4, outputs
+    assert len(list((tmp_path / "runs" / "toy" / "optuna").iterdir())) == 4
 
 
 def test_two_runs_cannot_share_a_directory(sia: Sia, tmp_path: Path) -> None:
