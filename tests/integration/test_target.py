@@ -264,7 +264,7 @@ def test_cancel_ends_the_wait_for_an_environment(stage: Stage) -> None:
 
 
 SCRIPT = """
-import pathlib, sys
+import pathlib, signal, sys
 from hostile.stage import SANDBOXES, Remembering, Stage, make_task
 
 class Announcing(Remembering):
@@ -272,6 +272,7 @@ class Announcing(Remembering):
         print(job.marker, flush=True)
         return super().launch(job)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 root = pathlib.Path(sys.argv[1])
 sandbox = Announcing(SANDBOXES[sys.argv[2]]())
 Stage(task=make_task(root / "toy2"), sandbox=sandbox, root=root).run("ignores_sigterm")
