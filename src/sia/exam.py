@@ -154,9 +154,10 @@ def examine(
 
 def _mirror(run: Path, say: Callable[[str], Any]) -> None:
     """Shows the exam in the run's tracker, too."""
-    checked = build.check(cast(Config, OmegaConf.load(run / rundir.CONFIG_FILE)))
-    checked.tracker.start(run)
-    if problem := checked.tracker.finish():
+    cfg = cast(Config, OmegaConf.load(run / rundir.CONFIG_FILE))
+    tracker = build.part(cfg.tracking, cfg.trusted_packages)
+    tracker.start(run)
+    if problem := tracker.finish():
         say(problem)
 
 

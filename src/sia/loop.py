@@ -201,12 +201,14 @@ def _generation(
             yield Scored(result=result)
 
     ordered = [results[candidate.id] for candidate in candidates]
+    incumbent = memory.incumbent
+    winner = best([*([incumbent] if incumbent else []), *ordered], parts.metric)
     generation = parts.journal.step(
         f"{index:04}/generation",
         Generation,
-        lambda: _close(parts.metric, index, ordered, memory.incumbent),
+        lambda: _close(parts.metric, index, ordered, incumbent, winner),
     )
-    _remember(parts, memory, ordered)
+    _remember(parts, memory, ordered, winner)
     yield Closed(generation=generation, incumbent=memory.incumbent)
 
 
@@ -309,10 +311,12 @@ def _reuse(candidate: Candidate, memory: _Memory, results: dict[str, Result]) ->
 
 
 def _close(
-    metric: Metric, index: int, results: Sequence[Result], incumbent: Result | None
+    metric: Metric,
+    index: int,
+    results: Sequence[Result],
+    incumbent: Result | None,
+    winner: Result | None,
 ) -> Generation:
-    rivals = [*([incumbent] if incumbent else []), *results]
-    winner = best(rivals, metric)
     accepted = winner is not None and winner is not incumbent
     gain = None
     if (
@@ -333,15 +337,15 @@ def _close(
     )
 
 
-def _remember(parts: Parts, memory: _Memory, results: Sequence[Result]) -> None:
+def _remember(
+    parts: Parts, memory: _Memory, results: Sequence[Result], winner: Result | None
+) -> None:
     for result in results:
         memory.results.append(result)
         memory.shown.append(parts.feedback.show(result))
         if result.candidate.harness_sha256 and result.candidate.duplicate_of is None:
             memory.by_digest.setdefault(result.candidate.harness_sha256, result)
-    memory.incumbent = best(
-        [*([memory.incumbent] if memory.incumbent else []), *results], parts.metric
-    )
+    memory.incumbent = winner
 
 
 def _spent(parts: Parts, limits: Limits) -> bool:

@@ -58,7 +58,7 @@ def show(console: Console, run: Path, exam: Exam) -> None:
     """Prints the result table of one run."""
     extra = _extra_columns(exam)
     table = Table(title=_title(run, exam), box=None, header_style="bold", title_justify="left")
-    for number, name in enumerate((*HEADER[:-1], *extra.values(), HEADER[-1])):
+    for number, name in enumerate(_header(extra)):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for cells in _cells(exam, extra):
         table.add_row(*(Text(cell) for cell in cells))
@@ -70,12 +70,11 @@ def show(console: Console, run: Path, exam: Exam) -> None:
 def markdown(run: Path, exam: Exam) -> str:
     """The result table of one run, with the candidates it tried, as Markdown."""
     extra = _extra_columns(exam)
-    header = (*HEADER[:-1], *extra.values(), HEADER[-1])
     return "\n".join(
         [
             f"## {_title(run, exam)}",
             "",
-            *_markdown_table(header, _cells(exam, extra)),
+            *_markdown_table(_header(extra), _cells(exam, extra)),
             "",
             _footer(run, exam),
             "",
@@ -108,6 +107,11 @@ def _extra_columns(exam: Exam) -> dict[str, str]:
     """Further metrics that the task wants in its table: metric -> header."""
     task = _task(exam.task)
     return dict(task.facts.report) if task else {}
+
+
+def _header(extra: dict[str, str]) -> tuple[str, ...]:
+    """The columns of every table, a task's own ones before the note."""
+    return (*HEADER[:-1], *extra.values(), HEADER[-1])
 
 
 def _cells(exam: Exam, extra: dict[str, str]) -> Iterator[tuple[str, ...]]:

@@ -196,10 +196,6 @@ class RunDir:
         except OSError as error:
             raise write_error(path, error) from error
 
-    def candidate_dir(self, generation: int, index: int) -> Path:
-        """Folder of one candidate; not created here."""
-        return candidate_dir(self.path, generation, index)
-
     def finish(self, result: RunResult) -> None:
         """Writes `result.json`."""
         write_atomic(self.path / RESULT_FILE, to_json(result, pretty=True))

@@ -28,7 +28,7 @@ from sia.records import (
     Proposal,
     RunResult,
 )
-from sia.rundir import RunDir, RunInfo
+from sia.rundir import RunDir, RunInfo, candidate_dir
 from sia.tracking import MlflowMirror, NoTracking, Tracker
 from sia.tracking.__main__ import main
 
@@ -100,7 +100,7 @@ def turn(run: RunDir, index: int, score: float | None) -> None:
             hypothesis="Faster", source="move:1", changes={"k@1": 3, "a.py": "x" * 9999}
         ),
     )
-    folder = run.candidate_dir(index, 0)
+    folder = candidate_dir(run.path, index, 0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "improvement.md").write_text("# Faster\n")
     (folder / "harness.diff").write_text("-a\n+b\n")

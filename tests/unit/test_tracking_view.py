@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sia.records import Attempt, Candidate, Evaluation, Generation, Outcome, Proposal
-from sia.rundir import JOURNAL_FILE, RunDir, RunInfo
+from sia.rundir import JOURNAL_FILE, RunDir, RunInfo, candidate_dir
 from sia.tracking import TrackingError
 from sia.tracking.location import locate
 from sia.tracking.view import RunView, metric_name
@@ -81,7 +81,7 @@ def test_generation_without_a_score_failed(run: RunDir) -> None:
 
 def test_links_in_a_candidate_folder_are_not_followed(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    folder = run.candidate_dir(0, 0)
+    folder = candidate_dir(run.path, 0, 0)
     folder.mkdir(parents=True)
     (folder / "stdout.log").symlink_to(tmp_path / "secret")
     (folder / "stderr.log").mkdir()

@@ -112,8 +112,7 @@ class OptunaBackend:
             return None
         shown = _shown(request)
         symptoms = shown.symptoms if shown else {}
-        made = [past.candidate.proposal for past in request.history] + list(request.siblings)
-        used = {proposal.source for proposal in made}
+        used = {proposal.source for proposal in _made(request)}
         tried = _tried(request, space)
         for number, move in enumerate(space.moves):
             source = f"move:{number}"
@@ -134,8 +133,7 @@ class OptunaBackend:
 
     def _together(self, request: Request, space: Space, base: Knobs) -> Proposal | None:
         """All moves that were tried and refused, as one step."""
-        made = [past.candidate.proposal for past in request.history] + list(request.siblings)
-        used = {proposal.source for proposal in made}
+        used = {proposal.source for proposal in _made(request)}
         refused = {
             f"move:{number}": move
             for number, move in enumerate(space.moves)
@@ -309,10 +307,13 @@ def _shown(request: Request) -> Shown | None:
 
 
 def _tried(request: Request, space: Space) -> set[str]:
-    made = [past.candidate.proposal for past in request.history] + list(request.siblings)
-    return {
-        _key(proposal.knobs) for proposal in made if proposal.knobs.keys() == space.knobs.keys()
-    }
+    known = space.knobs.keys()
+    return {_key(made.knobs) for made in _made(request) if made.knobs.keys() == known}
+
+
+def _made(request: Request) -> list[Proposal]:
+    """All proposals before this one, those of the same generation included."""
+    return [*(past.candidate.proposal for past in request.history), *request.siblings]
 
 
 def _key(knobs: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """Getting the data of a task: fetch the raw files by hash, split them into public and private."""
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sia.errors import TaskError
-from sia.tasks.task import Source, Task
+from sia.tasks.task import Source, Task, load_module
 
 DOWNLOAD_S = 300
 GENERATED_SEED = 0  # of tasks that make their data themselves
@@ -104,12 +103,7 @@ def task_module(task: Task, name: str) -> ModuleType:
     path = task.root / f"{name}.py"
     if not path.is_file():
         raise TaskError(f"Task {task.name!r} has no {path.name}. See docs/tasks.md.")
-    spec = importlib.util.spec_from_file_location(f"sia_task_{task.name}_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 def _checked(source: Source, folder: Path) -> Path:

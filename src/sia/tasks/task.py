@@ -11,8 +11,10 @@ tasks/<name>/
     data/        raw/, public/, private/dev/, private/test/: made by DVC, never in git
 """
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -175,6 +177,16 @@ def load_task(root: Path) -> Task:
             f"{path}: metric.direction={facts.metric.direction!r} is neither maximize nor minimize."
         )
     return Task(facts=facts, root=root)
+
+
+def load_module(path: Path) -> ModuleType:
+    """Imports a file of a task folder under a private name."""
+    spec = importlib.util.spec_from_file_location(f"sia_task_{path.parent.name}_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def find_task_dir(folder: str) -> Path:

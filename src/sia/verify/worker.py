@@ -6,7 +6,6 @@ along.
 Requests and answers are lines of JSON on stdin and stdout. The end of stdin ends the process.
 """
 
-import importlib.util
 import json
 import os
 import select
@@ -17,20 +16,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from sia.tasks.task import load_module
+
 Verify = Callable[[Path, Path], dict[str, Any]]
-
-
-def load_module(path: Path) -> ModuleType:
-    """Imports a file of a task folder under a private name."""
-    spec = importlib.util.spec_from_file_location(f"sia_task_{path.parent.name}_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:
