@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from sia import loop
 from sia.config import Config
 from sia.errors import ConfigError, SiaError
+from sia.records import Lever
 from sia.rundir import RunDir
-from sia.target import Environments, HarnessRunner, Limits
-from sia.target.protocol import Sandbox
+from sia.sandbox import Environments, Limits, Sandbox
+from sia.target import HarnessRunner
 from sia.tasks import Task, find_task_dir, load_task
 from sia.tasks.task import ENTRY_POINT
 from sia.tracking import Tracker
@@ -97,6 +98,7 @@ def parts(cfg: Config, checked: Checked, run: RunDir) -> loop.Parts:
         feedback=checked.feedback,
         journal=run.journal,
         workspaces=Workspaces(run=run.path, first=checked.first_harness),
+        levers=(Lever.HARNESS, Lever.STOP),
         state=run.path / "meta",
         seed=cfg.seed,
     )

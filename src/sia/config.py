@@ -58,17 +58,79 @@ class ReplayConfig(MetaConfig):
 
 
 @dataclass
+class AgentConfig(MetaConfig):
+    """meta=claude, openhands and pydantic_ai; the fields are explained in `sia.meta.agents`."""
+
+    model: str = MISSING
+    max_turns: int = 40
+    max_tokens: int | None = None
+    session_s: float = 1800.0
+    python: str | None = None
+
+
+@dataclass
+class ClaudeConfig(AgentConfig):
+    """meta=claude."""
+
+    _target_: str = "sia.meta.agents.Claude"
+
+
+@dataclass
+class OpenHandsConfig(AgentConfig):
+    """meta=openhands."""
+
+    _target_: str = "sia.meta.agents.OpenHands"
+
+
+@dataclass
+class PydanticAIConfig(AgentConfig):
+    """meta=pydantic_ai."""
+
+    _target_: str = "sia.meta.agents.PydanticAI"
+
+
+@dataclass
+class Price:
+    """Of one model, in USD per million tokens."""
+
+    input: float = MISSING
+    output: float = MISSING
+    cached: float | None = None  # input read from the vendor's cache; null: as `input`
+    cache_write: float | None = None  # input written to it; null: as `input`
+
+
+@dataclass
 class ProviderConfig:
-    """Group `provider`."""
+    """Group `provider`; the fields are explained in `sia.gateway.provider`."""
 
     name: str = MISSING
+    base_url: str | None = None  # of the OpenAI formats, up to /v1; null: not spoken
+    anthropic_url: str | None = None  # of the Anthropic format, up to before /v1
+    formats: list[str] = field(default_factory=list)  # chat, responses, messages, embeddings
+    api_key_env: str | None = None  # the variable that holds the key; null: none is needed
+    models: dict[str, str] = field(default_factory=dict)  # alias -> exact model id
+    prices_as_of: str | None = None
+    prices: dict[str, Price] = field(default_factory=dict)
+
+
+@dataclass
+class GatewayConfig:
+    """How model calls are made and kept; the fields are explained in `sia.gateway`."""
+
+    mode: str = MISSING  # live, record, replay or cache
+    recording: str | None = MISSING  # a run directory, for replay
+    cache: str | None = MISSING  # a folder, for cache; null: ~/.cache/sia/calls
+    call_s: float = MISSING  # deadline of one call, its retries included
+    concurrency: int = MISSING  # calls in flight at once; more wait
 
 
 @dataclass
 class TargetConfig:
     """Group `target`."""
 
-    harness: str = MISSING  # `reference`, or a folder with a target_agent.py
+    harness: str = MISSING  # `reference`, a harness that the task names, a file, or a folder
+    model: str | None = None  # what SIA_MODEL tells the target; null: it has none
+    provider: ProviderConfig | None = None  # null: the run's
     attempt_s: float | None = None  # deadline of one attempt; null: the task's own
     threads: int = 2  # of numerical libraries; part of the result's definition, not of the machine
     environments: str | None = None  # where environments are kept; null: ~/.cache/sia/environments
@@ -126,7 +188,7 @@ class BlindConfig(FeedbackConfig):
 
 @dataclass
 class SandboxLimits:
-    """What one attempt may use; see `sia.target.protocol.Limits`."""
+    """What one attempt may use; see `sia.sandbox.protocol.Limits`."""
 
     memory_mib: int | None = None  # null: the task's own
     processes: int = 256
@@ -147,14 +209,14 @@ class SandboxConfig:
 class AutoSandboxConfig(SandboxConfig):
     """sandbox=auto."""
 
-    _target_: str = "sia.target.sandbox.auto.auto"
+    _target_: str = "sia.sandbox.auto.auto"
 
 
 @dataclass
 class BwrapConfig(SandboxConfig):
     """sandbox=bwrap."""
 
-    _target_: str = "sia.target.sandbox.Bwrap"
+    _target_: str = "sia.sandbox.Bwrap"
     tmp_mib: int = 1024  # private /tmp, in memory
 
 
@@ -162,7 +224,7 @@ class BwrapConfig(SandboxConfig):
 class DockerConfig(SandboxConfig):
     """sandbox=docker."""
 
-    _target_: str = "sia.target.sandbox.Docker"
+    _target_: str = "sia.sandbox.Docker"
     image: str = "python:3.11-slim"
     cpus: float | None = None  # null: no limit
 
@@ -171,7 +233,7 @@ class DockerConfig(SandboxConfig):
 class ProcessConfig(SandboxConfig):
     """sandbox=process."""
 
-    _target_: str = "sia.target.sandbox.Process"
+    _target_: str = "sia.sandbox.Process"
 
 
 @dataclass
@@ -203,6 +265,9 @@ class BudgetConfig:
     """What a run may use; reaching a limit ends it cleanly."""
 
     wall_s: float | None = MISSING
+    usd: float | None = MISSING
+    tokens: int | None = MISSING
+    requests: int | None = MISSING
 
 
 @dataclass
@@ -225,6 +290,7 @@ class Config:
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     exam: ExamConfig = field(default_factory=ExamConfig)
     generations: int = MISSING
@@ -235,7 +301,14 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "meta": {"optuna": OptunaConfig, "scripted": ScriptedConfig, "replay": ReplayConfig},
+    "meta": {
+        "optuna": OptunaConfig,
+        "scripted": ScriptedConfig,
+        "replay": ReplayConfig,
+        "claude": ClaudeConfig,
+        "openhands": OpenHandsConfig,
+        "pydantic_ai": PydanticAIConfig,
+    },
     "search": {"chain": ChainConfig, "keep_best": KeepBestConfig},
     "feedback": {"scores": ScoresConfig, "blind": BlindConfig},
     "sandbox": {

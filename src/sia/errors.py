@@ -6,6 +6,8 @@
     ├── TargetError             the sandbox or the environment of the target
     ├── MetaBackendError        what proposes
     │   └── BadProposal         one proposal was unusable; counted, the run goes on
+    ├── BudgetExceeded          a call was refused: the run ends with what it has
+    ├── ProviderError           a model provider or its key
     ├── RunDirectoryError       a run directory that cannot be made, read or written
     │   └── RunDirectoryInUse   somebody else holds it
     └── NoScoredAttempt         exit 1: the run ended without a single score
@@ -39,6 +41,14 @@ class MetaBackendError(SiaError):
 
 class BadProposal(MetaBackendError):
     """One proposal is unusable. It is counted as a failed candidate; the run goes on."""
+
+
+class BudgetExceeded(SiaError):
+    """A step needs a model call that the budget does not allow; nothing of the step counts."""
+
+
+class ProviderError(SiaError):
+    """A provider that cannot be used: no key, no price, no recording."""
 
 
 class RunDirectoryError(SiaError):

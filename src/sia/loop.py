@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sia import seeds
-from sia.errors import BadProposal
+from sia.errors import BadProposal, BudgetExceeded
 from sia.feedback import Feedback, Shown
-from sia.meta import MetaBackend, Request
+from sia.meta import MetaBackend, Question, Request
 from sia.records import (
     Attempt,
     Candidate,
@@ -35,7 +35,7 @@ from sia.records import (
 )
 from sia.rundir import Journal
 from sia.search import Search, best
-from sia.target.protocol import Target
+from sia.target import Target
 from sia.tasks.task import Metric
 from sia.verify import Verifier
 from sia.workspace import Workspaces
@@ -55,6 +55,7 @@ class Parts:
     feedback: Feedback
     journal: Journal
     workspaces: Workspaces
+    levers: tuple[Lever, ...]
     state: Path
     seed: int
 
@@ -145,13 +146,18 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
                     decision = parts.journal.step(
                         f"{index:04}/decision",
                         Decision,
-                        lambda: parts.meta.decide(memory.shown, parts.metric),
+                        lambda index=index: _decide(parts, memory, index),  # type: ignore[misc]
                     )
                     if decision.lever is Lever.STOP:
                         yield Ending(reason="stop", detail=decision.hypothesis)
                         return
         except _BudgetSpent:
             yield Ending(reason="budget", detail=f"budget.wall_s={limits.wall_s:g} is used up")
+            return
+        except BudgetExceeded as spent:
+            pool.shutdown(wait=False, cancel_futures=True)
+            parts.target.cancel()
+            yield Ending(reason="budget", detail=str(spent))
             return
         except BaseException:
             # Attempts in progress must not outlive the loop, whatever ended it.
@@ -178,7 +184,7 @@ def _generation(
         candidate = parts.journal.step(
             f"{index:04}/{k}/candidate",
             Candidate,
-            lambda k=k: _propose(parts, memory, index, k, parent_candidate, candidates),  # type: ignore[misc]
+            lambda k=k: _propose(parts, memory, index, k, decision, parent_candidate, candidates),  # type: ignore[misc]
         )
         candidates.append(candidate)
         yield Proposed(candidate=candidate)
@@ -212,11 +218,27 @@ def _generation(
     yield Closed(generation=generation, incumbent=memory.incumbent)
 
 
+def _decide(parts: Parts, memory: _Memory, index: int) -> Decision:
+    parent = parts.search.parent(memory.results, parts.metric)
+    question = Question(
+        generation=index,
+        parent=parent.candidate if parent else None,
+        folder=parts.workspaces.decision(index),
+        history=tuple(memory.shown),
+        levers=parts.levers,
+        state=parts.state,
+        metric=parts.metric,
+        seed=seeds.stream_seed(parts.seed, f"decision/{index}"),
+    )
+    return parts.meta.decide(question)
+
+
 def _propose(
     parts: Parts,
     memory: _Memory,
     index: int,
     k: int,
+    decision: Decision,
     parent: Candidate | None,
     siblings: Sequence[Candidate],
 ) -> Candidate:
@@ -226,6 +248,7 @@ def _propose(
     request = Request(
         generation=index,
         index=k,
+        decision=decision,
         workspace=workspace,
         parent=parent,
         history=tuple(memory.shown),

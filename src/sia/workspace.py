@@ -1,15 +1,14 @@
 """Harness folders inside a run: copied from the parent, edited by the meta backend, then sealed."""
 
-import ast
 import difflib
 import shutil
 from pathlib import Path
 
-from sia.errors import BadProposal, RunDirectoryError
+from sia.errors import RunDirectoryError
 from sia.provenance import tree_sha256
 from sia.records import Candidate, Proposal
 from sia.rundir import candidate_dir, remove_tree, write_atomic, write_error
-from sia.tasks.task import ENTRY_POINT
+from sia.tasks.harness import check_harness
 
 MAX_DIFF_LINES = 4_000
 
@@ -29,6 +28,10 @@ class Workspaces:
     def harness(self, candidate: Candidate) -> Path:
         """The sealed harness of a candidate."""
         return self.folder(candidate) / "harness"
+
+    def decision(self, generation: int) -> Path:
+        """Where what led to the decision after a generation lies; made by whoever writes there."""
+        return self._run / f"gen-{generation:03}" / "decision"
 
     def open(self, generation: int, index: int, parent: Candidate | None) -> Path:
         """A fresh copy of the parent's harness, to be edited in place; leftovers of a kill go."""
@@ -63,23 +66,6 @@ class Workspaces:
         write_atomic(harness.parent / "improvement.md", render(proposal, parent).encode())
         write_atomic(harness.parent / "harness.diff", diff(before, harness).encode())
         return tree_sha256(harness)
-
-
-def check_harness(harness: Path) -> None:
-    """Finds what would make an attempt useless before it costs anything.
-
-    Raises:
-        BadProposal: The entry point is missing, empty, or not Python.
-    """
-    entry = harness / ENTRY_POINT
-    if entry.is_symlink() or not entry.is_file():
-        raise BadProposal(f"the harness has no file {ENTRY_POINT}")
-    try:
-        tree = ast.parse(entry.read_bytes(), filename=ENTRY_POINT)
-    except (SyntaxError, ValueError) as error:
-        raise BadProposal(f"{ENTRY_POINT} is not valid Python: {error}") from error
-    if not tree.body:
-        raise BadProposal(f"{ENTRY_POINT} is empty")
 
 
 def render(proposal: Proposal, parent: Candidate | None) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hostile.stage import LABEL, LIMITS, SANDBOXES, Remembering, Stage, make_task, why_not
 
 from sia.records import Attempt, Outcome
-from sia.target.sandbox.seccomp import filter_bytes
+from sia.sandbox.seccomp import filter_bytes
 
 SECRET = "sk-the-secret-of-the-parent"
 REASONS = {kind: why_not(kind) for kind in SANDBOXES}

@@ -18,10 +18,10 @@ from hostile.stage import LIMITS, SANDBOXES, Remembering, Stage, make_task, why_
 
 from sia.errors import TargetError
 from sia.records import Outcome
-from sia.target import Environments, HarnessRunner
-from sia.target.environments import COMPLETE, BuildFailed
-from sia.target.execution import marked
-from sia.target.sandbox import Docker
+from sia.sandbox import Docker, Environments
+from sia.sandbox.environments import COMPLETE, BuildFailed
+from sia.sandbox.execution import marked
+from sia.target import HarnessRunner
 from sia.tasks.task import load_task
 
 REASONS = {kind: why_not(kind) for kind in ("bwrap", "process")}

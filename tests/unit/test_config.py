@@ -70,7 +70,7 @@ def test_the_defaults_are_what_the_readme_says(composed: Callable) -> None:
     assert cfg.target.harness == "reference"
     assert cfg.weights.name == "none"
     assert (cfg.search._target_, cfg.search.candidates) == ("sia.search.KeepBest", 1)
-    assert cfg.sandbox._target_ == "sia.target.sandbox.auto.auto"
+    assert cfg.sandbox._target_ == "sia.sandbox.auto.auto"
 
 
 def test_every_group_is_documented_in_the_help() -> None:

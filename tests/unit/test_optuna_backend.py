@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -11,9 +12,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from sia.errors import BadProposal
 from sia.feedback import Shown
-from sia.meta import Request
+from sia.meta import Question, Request
 from sia.meta.optuna import EXHAUSTED, OptunaBackend
-from sia.records import Candidate, Lever, Outcome, Proposal
+from sia.records import Candidate, Decision, Lever, Outcome, Proposal
 from sia.tasks.task import Metric
 
 UP = Metric(name="accuracy")
@@ -35,6 +36,22 @@ def landscape(knobs: dict[str, object]) -> float:
     assert isinstance(knobs["a"], float)
     return (
         1.0 - abs(knobs["a"] - 0.7) - 0.2 * (knobs["b"] != "y") - 0.2 * (knobs["c.use"] is not True)
+    )
+
+
+GO_ON = Decision(lever=Lever.HARNESS, hypothesis="")
+
+
+def question(history: Sequence[Shown]) -> Question:
+    return Question(
+        generation=history[-1].candidate.generation,
+        parent=None,
+        folder=Path(),
+        history=history,
+        levers=(Lever.HARNESS, Lever.STOP),
+        state=Path(),
+        metric=UP,
+        seed=0,
     )
 
 
@@ -62,6 +79,7 @@ class Search:
         return Request(
             generation=generation,
             index=len(siblings),
+            decision=GO_ON,
             workspace=workspace,
             parent=best.candidate if best else None,
             history=tuple(self.history),
@@ -193,7 +211,7 @@ def test_an_exhausted_space_is_a_bad_proposal_and_then_a_stop(tmp_path: Path) ->
     with pytest.raises(BadProposal, match=EXHAUSTED):
         backend.propose(search.request(siblings=(second,)))
     failed = Shown(candidate=candidate, outcome=Outcome.BAD_PROPOSAL, reason=EXHAUSTED, score=None)
-    assert backend.decide([*search.history, failed], UP).lever is Lever.STOP
+    assert backend.decide(question([*search.history, failed])).lever is Lever.STOP
 
 
 def test_the_plateau_rule_counts_generations_without_a_gain(tmp_path: Path) -> None:
@@ -212,9 +230,9 @@ def test_the_plateau_rule_counts_generations_without_a_gain(tmp_path: Path) -> N
         )
         history.append(Shown(candidate=candidate, outcome=Outcome.OK, reason="", score=score))
     backend = search.backend
-    assert backend.decide(history[:4], UP).lever is Lever.HARNESS
-    stop = backend.decide(history, UP)
+    assert backend.decide(question(history[:4])).lever is Lever.HARNESS
+    stop = backend.decide(question(history))
     assert stop.lever is Lever.STOP
     assert stop.evidence == "3 generations without a gain of 0 over g001-c0."
     picky = OptunaBackend(patience=4, min_gain=0.2)
-    assert picky.decide(history, UP).lever is Lever.STOP
+    assert picky.decide(question(history)).lever is Lever.STOP

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from sia.errors import TargetError
-from sia.target.collect import Refused, collect_submission, collect_trajectories, excess
-from sia.target.environments import current_runtime
-from sia.target.execution import Output
-from sia.target.protocol import Job, Launch, Limits, Runtime
-from sia.target.sandbox import Bwrap, Docker, Process
-from sia.target.sandbox.auto import auto
+from sia.sandbox import Bwrap, Docker, Process
+from sia.sandbox.auto import auto
+from sia.sandbox.collect import Refused, collect_submission, collect_trajectories, excess
+from sia.sandbox.environments import current_runtime
+from sia.sandbox.execution import Output
+from sia.sandbox.protocol import Job, Launch, Limits, Runtime
 
 LIMITS = Limits(memory_mib=1000, processes=50, file_mib=10, threads=3)
 
@@ -23,7 +23,7 @@ def job(root: Path, *, slot: int = 0, runtime: Runtime | None = None) -> Job:
         (root / name).mkdir(exist_ok=True)
     return Job(
         data=root / "data",
-        harness=root / "harness",
+        code=root / "harness",
         work=root / "work",
         runtime=runtime or current_runtime(),
         limits=LIMITS,
@@ -200,7 +200,7 @@ def test_size_counts_for_all_files_together(work: Path) -> None:
 
 
 def test_trajectories_are_bounded_and_named(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sia.target.collect.MAX_TRAJECTORIES", 3)
+    monkeypatch.setattr("sia.sandbox.collect.MAX_TRAJECTORIES", 3)
     (work / "agent_execution").mkdir()
     for name in ("execution_q1.json", "execution_q2.json", "execution_q3.json", "other.json"):
         (work / "agent_execution" / name).write_text("[]")
@@ -215,7 +215,7 @@ def test_trajectories_are_bounded_and_named(work: Path, monkeypatch: pytest.Monk
 
 
 def test_number_of_files_is_bounded(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sia.target.collect.MAX_ENTRIES", 5)
+    monkeypatch.setattr("sia.sandbox.collect.MAX_ENTRIES", 5)
     for number in range(6):
         (work / str(number)).touch()
     assert excess(work, max_mib=1) == "made more than 5 files"

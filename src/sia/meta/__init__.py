@@ -1,5 +1,5 @@
 """Meta backends: what writes the target and decides how it changes."""
 
-from sia.meta.protocol import MetaBackend, Request
+from sia.meta.protocol import MetaBackend, Question, Request
 
-__all__ = ["MetaBackend", "Request"]
+__all__ = ["MetaBackend", "Question", "Request"]

@@ -27,7 +27,7 @@ import numpy as np
 from sia.errors import BadProposal
 from sia.feedback import Shown
 from sia.meta.knobs import Knob, Knobs, Space, load_space, read_knobs, settle, write_knobs
-from sia.meta.protocol import Request
+from sia.meta.protocol import Question, Request
 from sia.records import Decision, Lever, Proposal
 from sia.tasks.task import Metric
 
@@ -90,11 +90,12 @@ class OptunaBackend:
         write_knobs(request.workspace, proposal.changes)
         return proposal
 
-    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+    def decide(self, question: Question) -> Decision:
         """Applies the plateau rule."""
+        history = question.history
         if history[-1].reason == EXHAUSTED:
             return Decision(lever=Lever.STOP, hypothesis=f"Nothing is left to try: {EXHAUSTED}.")
-        best, since = _plateau(history, metric, self._min_gain)
+        best, since = _plateau(history, question.metric, self._min_gain)
         if since >= self._patience:
             return Decision(
                 lever=Lever.STOP,

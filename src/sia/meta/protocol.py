@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sia.feedback import Shown
-from sia.records import Candidate, Decision, Proposal
+from sia.records import Candidate, Decision, Lever, Proposal
 from sia.tasks.task import Metric
 
 
@@ -15,6 +15,7 @@ class Request:
     """One harness is wanted.
 
     Attributes:
+        decision: What led here.
         workspace: A copy of the parent's harness (of the reference harness for generation 0), to
             be edited in place. The only folder the backend may write to.
         parent: What the copy was made from; None for generation 0.
@@ -28,10 +29,34 @@ class Request:
 
     generation: int
     index: int
+    decision: Decision
     workspace: Path
     parent: Candidate | None
     history: Sequence[Shown]
     siblings: Sequence[Proposal]
+    state: Path
+    metric: Metric
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Which lever comes next?
+
+    Attributes:
+        generation: The one that was closed last; the decision is about the one after it.
+        parent: What the next harness will be made from.
+        folder: For what the backend wants to keep of this decision (prompt, transcript).
+        history: All candidates, oldest first, as far as `feedback` shows them; never empty.
+        levers: What may be chosen.
+        state, metric, seed: As in `Request`.
+    """
+
+    generation: int
+    parent: Candidate | None
+    folder: Path
+    history: Sequence[Shown]
+    levers: Sequence[Lever]
     state: Path
     metric: Metric
     seed: int
@@ -53,6 +78,6 @@ class MetaBackend(Protocol):
         """
         ...
 
-    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
-        """Chooses the next lever after a generation was closed; `history` is never empty."""
+    def decide(self, question: Question) -> Decision:
+        """Chooses the next lever after a generation was closed."""
         ...

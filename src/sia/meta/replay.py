@@ -1,17 +1,14 @@
 """Repeats the proposals and decisions of a recorded run, so that its scores can be checked."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from sia.errors import BadProposal, MetaBackendError
-from sia.feedback import Shown
-from sia.meta.protocol import Request
+from sia.meta.protocol import Question, Request
 from sia.provenance import tree_sha256
 from sia.records import Candidate, Decision, Lever, Proposal, from_data
 from sia.rundir import candidate_dir, records
-from sia.tasks.task import Metric
 
 T = TypeVar("T")
 
@@ -45,10 +42,9 @@ class Replay:
             )
         return candidate.proposal
 
-    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+    def decide(self, question: Question) -> Decision:
         """The recorded decision; stops where the recording ends."""
-        generation = history[-1].candidate.generation
-        decision = self._record(f"{generation:04}/decision", Decision)
+        decision = self._record(f"{question.generation:04}/decision", Decision)
         return decision or Decision(lever=Lever.STOP, hypothesis="The recording ends here.")
 
     def _record(self, key: str, kind: type[T]) -> T | None:

@@ -1,6 +1,5 @@
 """A backend that follows a script: for tests, demonstrations and measurements of the loop."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,9 @@ import msgspec
 import yaml
 
 from sia.errors import BadProposal, ConfigError
-from sia.feedback import Shown
 from sia.meta.knobs import write_knobs
-from sia.meta.protocol import Request
+from sia.meta.protocol import Question, Request
 from sia.records import Decision, Lever, Proposal
-from sia.tasks.task import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +61,9 @@ class Scripted:
             },
         )
 
-    def decide(self, history: Sequence[Shown], metric: Metric) -> Decision:
+    def decide(self, question: Question) -> Decision:
         """Stops where the script ends or says so."""
-        coming = history[-1].candidate.generation + 1
+        coming = question.generation + 1
         if self._steps is not None and (coming > len(self._steps) or self._steps[coming - 1].stop):
             return Decision(lever=Lever.STOP, hypothesis="The script ends here.")
         return Decision(lever=Lever.HARNESS, hypothesis="The script goes on.")

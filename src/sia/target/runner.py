@@ -6,22 +6,20 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-from sia.errors import TargetError
+from sia.errors import BudgetExceeded, TargetError
+from sia.gateway.protocol import Gateway, Lease, Role
 from sia.records import Attempt, Outcome
 from sia.rundir import write_error
-from sia.target.collect import Refused, collect_submission, collect_trajectories
-from sia.target.environments import BuildFailed, Environments, current_runtime, holds
-from sia.target.execution import Cancel, Execution, execute
-from sia.target.protocol import Job, Limits, Sandbox
+from sia.sandbox.collect import Refused, collect_submission, collect_trajectories
+from sia.sandbox.environments import BuildFailed, Environments, current_runtime, holds
+from sia.sandbox.execution import Cancel, Execution, execute, free_slot
+from sia.sandbox.protocol import Job, Limits, Sandbox
 from sia.tasks.task import Task
 
-MAX_SLOTS = 800
 MIN_FREE_BYTES = 2**18  # an attempt leaves more than that
 # All that a run leaves in `out`, and what an earlier one that was killed may have left there.
 LEAVINGS = (
@@ -38,6 +36,7 @@ class HarnessRunner:
         task: Says what a submission is made of.
         limits: Of every attempt.
         data: What targets see; None means the public side of the task.
+        gateway: Where targets find a model; None: they have none.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class HarnessRunner:
         task: Task,
         limits: Limits,
         data: Path | None = None,
+        gateway: Gateway | None = None,
     ) -> None:
         self._sandbox = sandbox
         self._environments = environments
@@ -55,6 +55,7 @@ class HarnessRunner:
         self._sources = task.source_packages
         self._limits = limits
         self._data = (data or task.public_dir).resolve()
+        self._gateway = gateway
         self._data_checked = False
         self._cancelled = False
         self._lock = threading.Lock()
@@ -79,7 +80,7 @@ class HarnessRunner:
         self._data_checked = True
 
     def run(self, candidate: str, *, harness: Path, out: Path, deadline_s: float) -> Attempt:
-        """Executes one candidate; the contract is that of `sia.target.protocol.Target`."""
+        """Executes one candidate; the contract is that of `sia.sandbox.protocol.Target`."""
         cancel = Cancel()
         with self._lock:
             if self._cancelled:  # the one who cancels cannot know who is about to begin
@@ -127,29 +128,38 @@ class HarnessRunner:
             if not self._sandbox.shields_data:
                 data = _copy(data, out / "inputs" / "data", follow_links=True)
                 harness = _copy(harness, out / "inputs" / "harness", follow_links=False)
-            with _slot() as slot:
+            with free_slot() as slot, self._lease(candidate) as lease:
                 job = Job(
                     data=data,
-                    harness=harness,
+                    code=harness,
                     work=work,
                     runtime=runtime,
                     limits=self._limits,
                     slot=slot,
                     marker=secrets.token_hex(8),
+                    endpoint=lease.endpoint if lease else None,
                 )
                 launch = self._sandbox.launch(job)
                 execution = execute(launch, job, deadline_s=deadline_s, cancel=cancel)
+                refused = lease.refused if lease else ""
             _write_logs(
                 out,
                 stdout=execution.stdout.text(),
                 stderr=execution.stderr.text(),
                 usage={**execution.usage, "sandbox": self._sandbox.name},
             )
+            if refused:
+                raise BudgetExceeded(refused)
             return self._collect(candidate, execution, work_fd, out)
         finally:
             os.close(work_fd)
             _remove(work)
             _remove(out / "inputs")
+
+    def _lease(self, candidate: str) -> contextlib.AbstractContextManager[Lease | None]:
+        if self._gateway is None:
+            return contextlib.nullcontext()
+        return self._gateway.lease(Role.TARGET, f"{candidate}/target")
 
     def _collect(self, candidate: str, execution: Execution, work_fd: int, out: Path) -> Attempt:
         """Takes trajectories always, and the submission of a target that ended well."""
@@ -184,23 +194,6 @@ def _refuse_full_disk(out: Path) -> None:
     """
     if shutil.disk_usage(out).free < MIN_FREE_BYTES:
         raise write_error(out, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-
-
-@contextlib.contextmanager
-def _slot() -> Iterator[int]:
-    """The lowest number that no other attempt on this machine holds, in any process.
-
-    Abstract socket names are given back by the kernel however their holder ends.
-    """
-    for number in range(MAX_SLOTS):
-        with socket.socket(socket.AF_UNIX) as holder:
-            try:
-                holder.bind(f"\0sia-target-slot-{number}")
-            except OSError:
-                continue
-            yield number
-            return
-    raise TargetError(f"{MAX_SLOTS} attempts run on this machine already. Try again later.")
 
 
 def _copy(source: Path, target: Path, *, follow_links: bool) -> Path:

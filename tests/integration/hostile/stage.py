@@ -6,11 +6,11 @@ from pathlib import Path
 
 from sia.errors import TargetError
 from sia.records import Attempt
-from sia.target import Environments, HarnessRunner, Limits, Sandbox
-from sia.target.execution import marked
-from sia.target.protocol import Job, Launch
-from sia.target.sandbox import Bwrap, Process
-from sia.target.sandbox.launch import trial
+from sia.sandbox import Bwrap, Environments, Job, Limits, Process, Sandbox
+from sia.sandbox.execution import marked
+from sia.sandbox.launch import trial
+from sia.sandbox.protocol import Launch
+from sia.target import HarnessRunner
 from sia.tasks.task import Task, load_task
 
 HOSTILE = Path(__file__).parent

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sia.target.protocol import Runtime
+from sia.sandbox.protocol import Runtime
 
 REQUIREMENTS = "requirements.txt"
 COMPLETE = "complete"
@@ -106,10 +106,13 @@ class Environments:
 
 def current_runtime() -> Runtime:
     """The interpreter that runs SIA, with its packages."""
-    return Runtime(
-        python=Path(sys.executable),
-        roots=_roots(Path(sys.prefix), Path(sys.exec_prefix), Path(sys.base_prefix)),
-    )
+    prefixes = (Path(sys.prefix), Path(sys.exec_prefix), Path(sys.base_prefix))
+    return runtime_of(Path(sys.executable), *prefixes)
+
+
+def runtime_of(python: Path, *prefixes: Path) -> Runtime:
+    """An interpreter with the installation prefixes that it reads."""
+    return Runtime(python=python.absolute(), roots=_roots(*prefixes))
 
 
 def holds(runtime: Runtime, packages: Iterable[str]) -> str:

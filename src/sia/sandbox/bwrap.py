@@ -7,14 +7,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sia.errors import TargetError
-from sia.target.protocol import Job, Launch
-from sia.target.sandbox.launch import ENTRY_POINT, environment, limits_argv, trial
-from sia.target.sandbox.seccomp import filter_bytes, filter_fd
+from sia.sandbox.launch import (
+    FORWARD,
+    environment,
+    forwarded,
+    limits_argv,
+    program_argv,
+    trial,
+)
+from sia.sandbox.protocol import Job, Launch
+from sia.sandbox.seccomp import filter_bytes, filter_fd
 
 FIRST_UID = 64100
 # Inside the sandbox. One folder of an unusual name: /data and /work are home to the interpreters of
 # many a cluster, which keep their paths.
-DATA, HARNESS, WORK = "/sia/data", "/sia/harness", "/sia/work"
+DATA, CODE, WORK = "/sia/data", "/sia/harness", "/sia/work"
+GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 # Programs, libraries and tables of the system. Not /usr as a whole: checkouts live in /usr/src.
 SYSTEM = (
     "/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/share",
@@ -105,8 +113,8 @@ class Bwrap:
                 argv += ["--cap-add", capability]
         else:
             argv += ["--unshare-user", "--disable-userns", "--uid", str(uid), "--gid", str(uid)]
-        if (program := filter_bytes()) is not None:
-            fds.append(filter_fd(program))
+        if (rules := filter_bytes()) is not None:
+            fds.append(filter_fd(rules))
             argv += ["--seccomp", str(fds[-1])]
         for name, value in environment(job, home="/tmp").items():
             argv += ["--setenv", name, value]
@@ -123,10 +131,10 @@ class Bwrap:
                 "setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups",
                 "--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--",
             ]  # fmt: skip
-        argv += [
-            str(job.runtime.python), f"{HARNESS}/{ENTRY_POINT}",
-            "--dataset_dir", DATA, "--working_dir", WORK,
-        ]  # fmt: skip
+        program = program_argv(job, python=str(job.runtime.python), data=DATA, code=CODE, work=WORK)
+        if job.endpoint:
+            program = forwarded(program, script=SCRIPT, socket=GATEWAY)
+        argv += program
         return Launch(
             argv=argv,
             env={"PATH": "/usr/bin:/bin:/usr/local/bin"},
@@ -165,9 +173,14 @@ class Bwrap:
         binds = [("--ro-bind", str(path), str(path)) for path in shown]
         binds += [
             ("--ro-bind", str(job.data), DATA),
-            ("--ro-bind", str(job.harness), HARNESS),
+            ("--ro-bind", str(job.code), CODE),
             ("--bind", str(job.work), WORK),
         ]
+        if job.endpoint:
+            binds += [
+                ("--ro-bind", str(FORWARD), SCRIPT),
+                ("--ro-bind", str(job.endpoint.socket), GATEWAY),
+            ]
         # bwrap makes parent folders that only its own user can enter.
         for parent in _parents(destination for _, _, destination in binds):
             argv += ["--perms", "0755", "--dir", parent]

@@ -8,11 +8,12 @@ import subprocess
 import threading
 
 from sia.errors import TargetError
-from sia.target.protocol import Job, Launch
-from sia.target.sandbox.launch import ENTRY_POINT, environment
+from sia.sandbox.launch import FORWARD, environment, forwarded, program_argv
+from sia.sandbox.protocol import Job, Launch
 
 FIRST_UID = 64100
-DATA, HARNESS, WORK = "/sia/data", "/sia/harness", "/sia/work"
+DATA, CODE, WORK = "/sia/data", "/sia/harness", "/sia/work"
+GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 ASK_S = 10
 
 
@@ -89,16 +90,18 @@ class Docker:
             *(["--cpus", f"{self._cpus:g}"] if self._cpus is not None else []),
             "--tmpfs", f"/tmp:rw,nosuid,nodev,size={self._tmp_mib}m,mode=1777",
             "--mount", _bind(job.data, DATA, read_only=True),
-            "--mount", _bind(job.harness, HARNESS, read_only=True),
+            "--mount", _bind(job.code, CODE, read_only=True),
             "--mount", _bind(job.work, WORK),
             "--workdir", WORK,
         ]  # fmt: skip
         for name, value in variables.items():
             argv += ["--env", f"{name}={value}"]
-        argv += [
-            "--entrypoint", "python", self._image, f"{HARNESS}/{ENTRY_POINT}",
-            "--dataset_dir", DATA, "--working_dir", WORK,
-        ]  # fmt: skip
+        program = program_argv(job, python="python", data=DATA, code=CODE, work=WORK)
+        if job.endpoint:
+            argv += ["--mount", _bind(FORWARD, SCRIPT, read_only=True)]
+            argv += ["--mount", _bind(job.endpoint.socket, GATEWAY)]
+            program = forwarded(program, script=SCRIPT, socket=GATEWAY)
+        argv += ["--entrypoint", program[0], self._image, *program[1:]]
         return Launch(
             argv=argv,
             env=client_environment(),

@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from sia.target.environments import current_runtime
-from sia.target.protocol import Job, Launch, Limits, Sandbox
+from sia.sandbox.environments import current_runtime
+from sia.sandbox.protocol import Endpoint, Job, Launch, Limits, Sandbox
 
-ENTRY_POINT = "target_agent.py"
+FORWARD = Path(__file__).with_name("forward.py")
+FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
 TRIAL_DEADLINE_S = 20
 TRIAL_AGENT = """
 import sys
@@ -17,8 +18,14 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 """
 
 
-def environment(job: Job, *, home: str) -> dict[str, str]:
-    """Everything that a target finds in its environment."""
+def environment(job: Job, *, home: str, port: int = FORWARD_PORT) -> dict[str, str]:
+    """Everything that a program finds in its environment.
+
+    Args:
+        job: What is run.
+        home: Its home and its folder for temporary files.
+        port: Where its endpoint listens, on its loopback interface.
+    """
     threads = str(job.limits.threads)
     # Which kernels OpenBLAS picks can be corrected by the host; wrong ones give wrong numbers.
     passed_on = {
@@ -42,7 +49,30 @@ def environment(job: Job, *, home: str) -> dict[str, str]:
         "SIA_ATTEMPT": job.marker,
         "TMPDIR": home,
         "USER": "target",
+        **(_model_variables(job.endpoint, port) if job.endpoint else {}),
     }
+
+
+def _model_variables(endpoint: Endpoint, port: int) -> dict[str, str]:
+    """What the SDKs of model vendors look for, and `SIA_MODEL`."""
+    url = f"http://127.0.0.1:{port}"
+    return {
+        "ANTHROPIC_API_KEY": endpoint.key,
+        "ANTHROPIC_BASE_URL": url,
+        "OPENAI_API_KEY": endpoint.key,
+        "OPENAI_BASE_URL": f"{url}/v1",
+        "SIA_MODEL": endpoint.model,
+    }
+
+
+def program_argv(job: Job, *, python: str, data: str, code: str, work: str) -> list[str]:
+    """The command as seen from inside the sandbox."""
+    return [python, f"{code}/{job.entry}", "--dataset_dir", data, "--working_dir", work]
+
+
+def forwarded(argv: list[str], *, script: str, socket: str) -> list[str]:
+    """`argv` with a loopback port that leads to `socket`; `argv[0]` is a Python interpreter."""
+    return [argv[0], "-I", "-S", script, str(FORWARD_PORT), socket, *argv]
 
 
 def limits_argv(limits: Limits, *, processes: int | None) -> list[str]:
@@ -85,18 +115,18 @@ def trial(sandbox: Sandbox) -> str:
     """Why a target that does nothing but write one file fails; empty when it does not."""
     with tempfile.TemporaryDirectory(prefix="sia-trial-") as folder:
         root = Path(folder).resolve()
-        for name in ("data", "harness", "work"):
+        for name in ("data", "code", "work"):
             (root / name).mkdir()
-        (root / "harness" / ENTRY_POINT).write_text(TRIAL_AGENT, encoding="utf-8")
         job = Job(
             data=root / "data",
-            harness=root / "harness",
+            code=root / "code",
             work=root / "work",
             runtime=current_runtime(),
             limits=Limits(memory_mib=1024),
             slot=0,
             marker="trial",
         )
+        (root / "code" / job.entry).write_text(TRIAL_AGENT, encoding="utf-8")
         launch = sandbox.launch(job)
         try:
             with (

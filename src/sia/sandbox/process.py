@@ -6,8 +6,8 @@ import threading
 from pathlib import Path
 
 from sia.errors import TargetError
-from sia.target.protocol import Job, Launch
-from sia.target.sandbox.launch import ENTRY_POINT, environment, limits_argv, trial
+from sia.sandbox.launch import environment, limits_argv, program_argv, trial
+from sia.sandbox.protocol import Job, Launch
 
 
 class Process:
@@ -65,10 +65,12 @@ class Process:
             argv=[
                 "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--",
                 *limits_argv(job.limits, processes=processes),
-                str(job.runtime.python), str(job.harness / ENTRY_POINT),
-                "--dataset_dir", str(job.data), "--working_dir", str(job.work),
+                *program_argv(
+                    job, python=str(job.runtime.python), data=str(job.data),
+                    code=str(job.code), work=str(job.work),
+                ),
             ],
-            env=environment(job, home=str(job.work)),
+            env=environment(job, home=str(job.work), port=job.endpoint.port if job.endpoint else 0),
             cwd=job.work,
         )  # fmt: skip
 

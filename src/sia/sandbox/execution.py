@@ -7,21 +7,23 @@ import resource
 import select
 import selectors
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sia.errors import TargetError
 from sia.records import Outcome
-from sia.target.collect import excess
-from sia.target.protocol import Job, Launch
-from sia.target.sandbox.launch import start
+from sia.sandbox.collect import excess
+from sia.sandbox.launch import start
+from sia.sandbox.protocol import Job, Launch
 
 GRACE_S = 0.5
 KILL_WAIT_S = 10.0
 DISK_CHECK_S = 0.25
 STOP_WAIT_S = 30
+MAX_SLOTS = 800
 _CHUNK = 2**18
 
 
@@ -298,6 +300,23 @@ class _Watched:
                 pass
         for fd in self._streams:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def free_slot() -> Iterator[int]:
+    """The lowest number that no other sandbox on this machine holds, in any process.
+
+    Abstract socket names are given back by the kernel however their holder ends.
+    """
+    for number in range(MAX_SLOTS):
+        with socket.socket(socket.AF_UNIX) as holder:
+            try:
+                holder.bind(f"\0sia-target-slot-{number}")
+            except OSError:
+                continue
+            yield number
+            return
+    raise TargetError(f"{MAX_SLOTS} attempts run on this machine already. Try again later.")
 
 
 def kill_strays(marker: str) -> None:

@@ -1,10 +1,10 @@
 """Picks the strongest sandbox that works on this machine."""
 
 from sia.errors import TargetError
-from sia.target.protocol import Sandbox
-from sia.target.sandbox.bwrap import Bwrap
-from sia.target.sandbox.docker import Docker
-from sia.target.sandbox.process import Process
+from sia.sandbox.bwrap import Bwrap
+from sia.sandbox.docker import Docker
+from sia.sandbox.process import Process
+from sia.sandbox.protocol import Sandbox
 
 
 def auto(*, tmp_mib: int = 1024, image: str | None = None, cpus: float | None = None) -> Sandbox:
