@@ -1,0 +1,101 @@
+"""When two requests are the same request.
+
+Two honest runs of the same thing do not send the same bytes. What is removed before requests are
+compared, and nothing else:
+
+- members of the request that name the caller or steer only the vendor's bookkeeping (`IGNORED`),
+  and `cache_control` anywhere;
+- ids that link a tool's call to its result: numbered in the order in which they appear;
+- in all text: UUIDs and the same 32 digits without dashes, dates and times as ISO 8601 and as `ls`
+  and `date` write them, what follows "today's date" and its like, throw-away keys, and the checksum
+  that the Claude CLI puts into its first block.
+
+The last group could make two different questions look alike that differ in a date only. So a
+request has two digests: `exact` leaves text alone, `key` does not. Among recorded requests with the
+same key, one that is the same exactly comes first.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+KEY_PREFIX = "sia-"
+KEY_DIGITS = 40
+
+IGNORED = frozenset(
+    {
+        "metadata",
+        "model",  # a part of the digest by its exact id
+        "prompt_cache_key",
+        "request_id",
+        "safety_identifier",
+        "session_id",
+        "user",
+    }
+)
+LINKS = frozenset({"call_id", "tool_call_id", "tool_use_id"})
+CALLS = frozenset({"function", "function_call", "tool_use", "server_tool_use"})
+
+# These run over JSON text: a line ends at a backslash, and `n` of an escaped newline may stand
+# right before a match.
+_DIGIT = "[0-9a-f]"
+_MOVING = re.compile(
+    rf"(?P<key>{KEY_PREFIX}{_DIGIT}{{{KEY_DIGITS}}})"
+    rf"|(?P<checksum>(?<=cch=){_DIGIT}+)"
+    r"|(?P<today>(?:today'?s date|today is|current date|current time)[^\\\".]{0,60})"
+    rf"|(?P<uuid>{_DIGIT}{{8}}(?:-{_DIGIT}{{4}}){{3}}-{_DIGIT}{{12}}"
+    rf"|(?<!{_DIGIT}){_DIGIT}{{32}}(?!{_DIGIT}))"
+    r"|(?P<time>(?<!\d)\d{4}-\d\d-\d\d(?!\d)"
+    r"(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?)?"
+    r"|(?:(?:mon|tue|wed|thu|fri|sat|sun) )?"
+    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec) {1,2}\d{1,2}"
+    r" \d\d:\d\d(?::\d\d)?(?: UTC)?(?: \d{4})?)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digest:
+    """What a request is recognised by; see the module."""
+
+    key: str
+    exact: str
+
+
+def digest(wire: str, model: str, request: Any) -> Digest:
+    """The two digests of a request of a wire format to the model of this exact id."""
+    text = json.dumps(_fixed(request, {}), sort_keys=True, separators=(",", ":"))
+    return Digest(
+        key=hashlib.sha256(f"{wire} {model} {_MOVING.sub(_name, text)}".encode()).hexdigest(),
+        exact=hashlib.sha256(f"{wire} {model} {text}".encode()).hexdigest(),
+    )
+
+
+def canonical(request: Any) -> str:
+    """The text that is compared, spread over lines for a reader."""
+    text = json.dumps(_fixed(request, {}), sort_keys=True, indent=1)
+    return _MOVING.sub(_name, text)
+
+
+def _name(found: re.Match[str]) -> str:
+    return f"<{found.lastgroup}>"
+
+
+def _fixed(value: Any, links: dict[str, str], *, top: bool = True) -> Any:
+    """A copy of a request without what differs by its place in the structure."""
+    if isinstance(value, list):
+        return [_fixed(item, links, top=False) for item in value]
+    if not isinstance(value, dict):
+        return value
+    call = value.get("type") in CALLS
+    fixed = {}
+    for name, item in value.items():
+        if name == "cache_control" or (top and name in IGNORED):
+            continue
+        if isinstance(item, str) and (name in LINKS or (call and name == "id")):
+            fixed[name] = links.setdefault(item, f"call-{len(links)}")
+        else:
+            fixed[name] = _fixed(item, links, top=False)
+    return fixed
