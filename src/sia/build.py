@@ -1,17 +1,21 @@
 """From a configuration to the parts of a run: the only caller of `hydra.utils.instantiate`."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sia import loop
-from sia.config import Config
+from sia.config import Config, ProviderConfig
 from sia.errors import ConfigError, SiaError
+from sia.gateway.protocol import Gateway, Role
+from sia.meta import MetaBackend
+from sia.meta.agents import Agent
 from sia.records import Lever
 from sia.rundir import RunDir
 from sia.sandbox import Environments, Limits, Sandbox
@@ -21,6 +25,9 @@ from sia.tasks.task import ENTRY_POINT
 from sia.tracking import Tracker
 from sia.verify import TaskVerifier
 from sia.workspace import Workspaces
+
+if TYPE_CHECKING:
+    from sia.gateway import Route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +74,23 @@ def check(cfg: Config) -> Checked:
     )
 
 
-def target(cfg: Config, task: Task, sandbox: Sandbox, data: Path | None = None) -> HarnessRunner:
-    """The runner of candidates; `data` stands in for the task's public side if given."""
+def target(
+    cfg: Config,
+    task: Task,
+    sandbox: Sandbox,
+    *,
+    data: Path | None = None,
+    gateway: Gateway | None = None,
+) -> HarnessRunner:
+    """The runner of candidates.
+
+    Args:
+        cfg: The whole configuration.
+        task: What they work on.
+        sandbox: What confines them.
+        data: Stands in for the task's public side.
+        gateway: Where those that were given a model find it.
+    """
     cache = Path(cfg.target.environments).expanduser() if cfg.target.environments else None
     limits = cfg.sandbox.limits
     return HarnessRunner(
@@ -84,15 +106,91 @@ def target(cfg: Config, task: Task, sandbox: Sandbox, data: Path | None = None) 
             threads=cfg.target.threads,
         ),
         data=data,
+        gateway=gateway if cfg.target.model else None,
     )
 
 
-def parts(cfg: Config, checked: Checked, run: RunDir) -> loop.Parts:
+def gateway(
+    cfg: Config, run: Path, roles: Collection[Role] = tuple(Role)
+) -> AbstractContextManager[Gateway | None]:
+    """The way to the models of a run; None where no part of it asks one.
+
+    Args:
+        cfg: The whole configuration.
+        run: The run directory, where calls are recorded.
+        roles: Who will ask.
+
+    Raises:
+        ProviderError: A key, a price or a recording is missing.
+    """
+    routes = {role: route for role, route in _routes(cfg).items() if role in roles}
+    if not routes:
+        return nullcontext()
+    from sia.gateway import Budget, ModelGateway
+    from sia.gateway.store import STORE_FILE
+
+    settings = cfg.gateway
+    return ModelGateway(
+        store=run / STORE_FILE,
+        routes=routes,
+        mode=settings.mode,
+        recording=Path(settings.recording) if settings.recording else None,
+        cache=Path(settings.cache).expanduser() if settings.cache else None,
+        budget=Budget(usd=cfg.budget.usd, tokens=cfg.budget.tokens, requests=cfg.budget.requests),
+        call_s=settings.call_s,
+        concurrency=settings.concurrency,
+    )
+
+
+def _routes(cfg: Config) -> "dict[Role, Route]":
+    """Provider and model of everybody who asks one."""
+    routes: dict[Role, Route] = {}
+    if (model := getattr(cfg.meta, "model", None)) is not None:
+        routes |= dict.fromkeys((Role.META, Role.FEEDBACK), _route(cfg.provider, model))
+    if cfg.target.model is not None:
+        routes[Role.TARGET] = _route(cfg.target.provider or cfg.provider, cfg.target.model)
+    return routes
+
+
+def _route(provider: ProviderConfig, model: str) -> "Route":
+    from sia.gateway import Price, Provider, Route
+
+    try:
+        prices = {name: Price(**price) for name, price in provider.prices.items()}
+    except TypeError as error:
+        raise ConfigError(
+            f"provider.prices of {provider.name!r} are {dict(provider.prices)!r}: each model needs "
+            "input and output, and may have cached and cache_write (USD per million tokens)."
+        ) from error
+    return Route(
+        provider=Provider(
+            name=provider.name,
+            base_url=provider.base_url or "",
+            anthropic_url=provider.anthropic_url or "",
+            formats=tuple(provider.formats),
+            api_key_env=provider.api_key_env or "",
+            models=dict(provider.models),
+            prices=prices,
+            prices_as_of=provider.prices_as_of or "",
+        ),
+        model=model,
+    )
+
+
+def _meta(cfg: Config, checked: Checked, run: Path, gateway: Gateway | None) -> MetaBackend:
+    """The meta backend itself; where the configuration names an agent, the backend around it."""
+    if not isinstance(checked.meta, Agent):
+        return cast(MetaBackend, checked.meta)
+    assert gateway is not None  # an agent has a model
+    raise NotImplementedError
+
+
+def parts(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None = None) -> loop.Parts:
     """Everything the loop needs, bound to a run directory. Starts the verifier's process."""
     return loop.Parts(
         metric=checked.task.metric,
-        meta=checked.meta,
-        target=checked.target,
+        meta=_meta(cfg, checked, run.path, gateway),
+        target=target(cfg, checked.task, checked.sandbox, gateway=gateway),
         verifier=TaskVerifier(task=checked.task, split="dev", deadline_s=cfg.task.verify_s),
         search=checked.search,
         feedback=checked.feedback,

@@ -5,6 +5,7 @@ Values live in `conf/`, except where an option has nothing but its defaults to s
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -90,16 +91,6 @@ class PydanticAIConfig(AgentConfig):
 
 
 @dataclass
-class Price:
-    """Of one model, in USD per million tokens."""
-
-    input: float = MISSING
-    output: float = MISSING
-    cached: float | None = None  # input read from the vendor's cache; null: as `input`
-    cache_write: float | None = None  # input written to it; null: as `input`
-
-
-@dataclass
 class ProviderConfig:
     """Group `provider`; the fields are explained in `sia.gateway.provider`."""
 
@@ -110,7 +101,8 @@ class ProviderConfig:
     api_key_env: str | None = None  # the variable that holds the key; null: none is needed
     models: dict[str, str] = field(default_factory=dict)  # alias -> exact model id
     prices_as_of: str | None = None
-    prices: dict[str, Price] = field(default_factory=dict)
+    # USD per million tokens: model id -> input, output and, where they differ, cached, cache_write
+    prices: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from rich.console import Console
 from sia import build, report, rundir, seeds
 from sia.config import Config, register
 from sia.errors import RunDirectoryError, SiaError, TaskError
+from sia.gateway.protocol import Role
 from sia.provenance import tree_sha256
 from sia.records import Candidate, Evaluation, Exam, ExamRow, Outcome, RunResult, from_data, to_json
 from sia.rundir import RunInfo, candidate_dir
@@ -31,6 +32,7 @@ from sia.verify import TaskVerifier
 from sia.verify.stats import aligned, mean_interval, paired_difference
 
 DRAWS = 10_000  # of the bootstrap
+FIRST = "g000-c0"  # the candidate of generation 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,6 +89,7 @@ def examine(
     with (
         closing(TaskVerifier(task=checked.task, split="dev")) as dev,
         closing(TaskVerifier(task=checked.task, split="test")) as test,
+        build.gateway(cfg, run, (Role.TARGET,)) as gateway,
     ):
 
         def recorded(name: str, identity: str | None) -> ExamRow:
@@ -107,7 +110,7 @@ def examine(
         def fresh(name: str, harness: Path, *, public: Path | None, **fixed: Any) -> ExamRow:
             """A row from a new attempt, in the same sandbox and with the same limits."""
             out = workshop / name.replace(" ", "_")
-            target = build.target(cfg, checked.task, checked.sandbox, public)
+            target = build.target(cfg, checked.task, checked.sandbox, data=public, gateway=gateway)
             deadline_s = build.limits(cfg, checked.task).attempt_s
             attempt = target.run(name, harness=harness, out=out, deadline_s=deadline_s)
             if attempt.outcome is not Outcome.OK:
@@ -121,7 +124,15 @@ def examine(
                 **fixed,
             )
 
-        rows = [recorded("reference harness", "g000-c0")]
+        rows = []
+        first = _candidate(records, FIRST)
+        if first.harness_sha256 == tree_sha256(checked.first_harness):
+            rows.append(recorded("reference harness", FIRST))
+        else:  # the Meta-Agent wrote one of its own
+            say("running the reference harness")
+            rows.append(fresh("reference harness", checked.first_harness, public=None))
+            if f"{first.generation:04}/{first.index}/evaluation" in records:
+                rows.append(recorded("first harness", FIRST))
         for name, folder in sorted(checked.task.facts.baselines.items()):
             say(f"running the baseline {name}")
             rows.append(fresh(name, checked.task.root / folder, public=None))

@@ -20,6 +20,7 @@ from rich.console import Console
 from sia import build, loop, provenance, rundir
 from sia.config import Config
 from sia.errors import ConfigError, NoScoredAttempt, SiaError
+from sia.gateway.protocol import Gateway
 from sia.progress import Progress
 from sia.records import Ending, Outcome, Result, RunResult
 from sia.rundir import CONFIG_FILE, RunDir, RunInfo
@@ -54,6 +55,7 @@ def run(
     checked = build.check(cfg)
     data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
     checked.target.check()
+    gateway = build.gateway(cfg, path)
     text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
     if resumed:
         run_dir = RunDir.resume(path)
@@ -64,7 +66,8 @@ def run(
         _say(console, f"run       {path}")
         _say(console, f"task      {info.task} v{info.task_version}: {checked.task.facts.title}")
         _say(console, f"sandbox   {checked.sandbox.protects}")
-        return _play(cfg, checked, run_dir, console)
+        with gateway as models:
+            return _play(cfg, checked, run_dir, models, console)
     finally:
         run_dir.close()
 
@@ -91,11 +94,17 @@ class _Tally:
         return ", ".join(f"{name}: {count}" for name, count in sorted(self.failures.items()))
 
 
-def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console) -> RunResult:
+def _play(
+    cfg: Config,
+    checked: build.Checked,
+    run_dir: RunDir,
+    gateway: Gateway | None,
+    console: Console,
+) -> RunResult:
     """Plays the loop to its end, whatever that is, and writes it down."""
     (run_dir.path / rundir.RESULT_FILE).unlink(missing_ok=True)
     checked.tracker.start(run_dir.path)
-    parts = build.parts(cfg, checked, run_dir)
+    parts = build.parts(cfg, checked, run_dir, gateway)
     progress = Progress(
         console,
         metric=parts.metric,
@@ -114,6 +123,11 @@ def _play(cfg: Config, checked: build.Checked, run_dir: RunDir, console: Console
                 tally.add(event)
         status, reason = "finished", tally.ending.detail if tally.ending else ""
         if tally.incumbent is None:
+            if tally.ending and tally.ending.reason == "budget":
+                raise NoScoredAttempt(
+                    f"The budget ended the run before anything was scored: {reason}. What was paid "
+                    f"for is kept; go on with more: python -m sia resume={run_dir.path} budget...."
+                )
             raise NoScoredAttempt(
                 f"No attempt was scored in {tally.generations} generations ({tally.counts()}). "
                 f"What the targets printed: {run_dir.path}/gen-*/cand-*/stderr.log"

@@ -268,5 +268,7 @@ def _unix_listener(path: Path) -> socket.socket:
 
 def _loopback_listener() -> socket.socket:
     listener = socket.socket()
+    # Inherited by what it accepts. asyncio would do it for sockets that name their protocol.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.bind(("127.0.0.1", 0))
     return listener

@@ -40,6 +40,8 @@ def serve(listener: socket.socket, target: str) -> None:
 def accept(listener: socket.socket, target: str, selector: selectors.BaseSelector) -> None:
     """Takes one connection; it is dropped where the other end cannot be reached."""
     near = listener.accept()[0]
+    # Head and body come in pieces; without this the second waits for the receipt of the first.
+    near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     far = socket.socket(socket.AF_UNIX)
     try:
         far.connect(target)
@@ -75,7 +77,7 @@ def turn(side: Side, selector: selectors.BaseSelector) -> None:
                 one.end.shutdown(socket.SHUT_WR)
     if side.ended and other.ended and not side.waiting and not other.waiting:
         for one in (side, other):
-            selector.unregister(one.end)
+            watch(one, 0, selector)
             one.end.close()
         return
     for one in (side, other):

@@ -111,6 +111,8 @@ def serving(
     parsed = [rule if isinstance(rule, Rule) else parse_rules([rule])[0] for rule in rules]
     scripted = Scripted(parsed, tuple(models))
     listeners = [socket.create_server(("127.0.0.1", port))]
+    # Inherited by what it accepts. asyncio would do it for sockets that name their protocol.
+    listeners[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     scripted.url = f"http://127.0.0.1:{listeners[0].getsockname()[1]}"
     if uds is not None:
         listener = socket.socket(socket.AF_UNIX)
