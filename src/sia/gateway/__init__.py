@@ -1,11 +1,16 @@
 """The model endpoint of a run: it holds the keys, counts what is spent, and records every call.
 
-The server and the HTTP client are imported when a gateway is started.
+Names are imported when they are used: parts that only know the protocol stay cheap to import.
 """
 
-from sia.gateway.gateway import Budget, ModelGateway, Route
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sia.gateway.protocol import Gateway, Lease, Role, Spend
-from sia.gateway.provider import Price, Provider, Usage
+
+if TYPE_CHECKING:
+    from sia.gateway.gateway import Budget, ModelGateway, Route
+    from sia.gateway.provider import Price, Provider, Usage
 
 __all__ = [
     "Budget",
@@ -19,3 +24,15 @@ __all__ = [
     "Spend",
     "Usage",
 ]
+
+_MODULES = {
+    "gateway": ("Budget", "ModelGateway", "Route"),
+    "provider": ("Price", "Provider", "Usage"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"sia.gateway.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

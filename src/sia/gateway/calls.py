@@ -355,18 +355,19 @@ class Caller:
         held.append(self._scrub(provider, reader.finish_stream()))
         if reader.failure:
             call.failure = f"provider {provider.name!r}: {reader.failure}"
-            if not call.status and not any(held):
+            if not call.status:
                 return call.refuse(502, call.failure)
             if not reader.told:
-                held.append(error_event(call.failure, call.wire))
+                return error_event(call.failure, call.wire)
         call.begin(200, headers)
         return b"".join(held)
 
     def _client(self, provider: Provider, wire: Format) -> tuple[httpx2.AsyncClient, str]:
         """The connections to a provider, and the address of a wire format there."""
+        prefix = "/v1" if wire.anthropic else ""
         base = provider.url_of(wire.spoken).rstrip("/")
-        socket, base = split_socket(base)
-        url = base + ("/v1" if wire.anthropic else "") + wire.path
+        socket, base = split_socket(base, "" if wire.anthropic else "/v1")
+        url = base + prefix + wire.path
         name = socket or base
         if name not in self._clients:
             limits = httpx2.Limits(
@@ -403,12 +404,15 @@ class Caller:
         return text.replace(key.encode(), b"[key]")
 
 
-def split_socket(url: str) -> tuple[str, str]:
-    """The Unix socket of a `unix://` address and its URL there; no socket for any other address."""
+def split_socket(url: str, path: str) -> tuple[str, str]:
+    """The Unix socket of a `unix://` address and its URL there, by default with `path`.
+
+    No socket for any other address.
+    """
     if not url.startswith("unix://"):
         return "", url
     head, found, rest = url.removeprefix("unix://").partition(".sock")
-    return head + found, f"http://localhost{rest or '/v1'}"
+    return head + found, f"http://localhost{rest or path}"
 
 
 def retry_after(headers: httpx2.Headers) -> float | None:

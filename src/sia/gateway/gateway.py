@@ -170,9 +170,9 @@ class ModelGateway:
                 call_s=self.call_s,
                 concurrency=self.concurrency,
                 backoff_s=self.backoff_s,
-                listeners=(_unix_listener(folder / "gateway.sock"), _loopback_listener()),
+                listeners=(_unix_listener(folder / "gateway.sock"), *_loopback_listeners()),
             )
-            stack.callback(self._server.stop)
+            stack.callback(self._server.stop)  # first of all at the end
             self._server.start()
             self._stack = stack.pop_all()
         return self
@@ -195,7 +195,7 @@ class ModelGateway:
 
         Raises:
             ProviderError: The role has no provider.
-            RunDirectoryError: After the block: an answer could not be recorded.
+            RunDirectoryError: After the block, whatever ended it: an answer could not be recorded.
         """
         route = self.routes.get(role)
         if route is None:
@@ -218,7 +218,7 @@ class ModelGateway:
             yield lease
         finally:
             self._server.revoke(lease)
-        self._server.check()
+            self._server.check()
 
     def spend(self) -> dict[Role, Spend]:
         """What each role has spent so far, earlier sessions of the run included."""
@@ -266,9 +266,14 @@ def _unix_listener(path: Path) -> socket.socket:
     return listener
 
 
-def _loopback_listener() -> socket.socket:
+def _loopback_listeners() -> list[socket.socket]:
+    """One, or none in a network namespace without a loopback interface."""
     listener = socket.socket()
     # Inherited by what it accepts. asyncio would do it for sockets that name their protocol.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    listener.bind(("127.0.0.1", 0))
-    return listener
+    try:
+        listener.bind(("127.0.0.1", 0))
+    except OSError:
+        listener.close()
+        return []
+    return [listener]

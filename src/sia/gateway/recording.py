@@ -1,5 +1,6 @@
 """What was answered before: by this run, by another run, or for anybody."""
 
+import re
 import sqlite3
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -9,6 +10,7 @@ from sia.gateway.matching import Digest, canonical
 from sia.gateway.store import STORE_FILE, Exchange, open_reader, select
 
 COMPARED = 200  # recorded requests among which the nearest one is looked for
+WORD = re.compile(r"\w+|[^\w\s]")
 SHOWN = 160  # characters of a line that differs
 
 
@@ -43,13 +45,17 @@ class Recording:
 
     def find(self, scope: str, digest: Digest, provider: str) -> Exchange | None:
         """The answer to the next request of its kind; None if there is none left."""
-        given = self._given.setdefault(scope, set())
+        given = self._given.get(scope, set())
         left = [row for row in self._candidates(scope, digest.key, provider) if row[0] not in given]
         if not left:
             return None
         chosen = next((row for row in left if row[1] == digest.exact), left[0])[0]
-        given.add(chosen)
+        self.give(scope, chosen)
         return select(self._db, "id = ?", chosen)[0]
+
+    def give(self, scope: str, id: int) -> None:
+        """Notes that a scope has had an answer: its next request of the kind is another one."""
+        self._given.setdefault(scope, set()).add(id)
 
     def close(self) -> None:
         """Closes the store."""
@@ -134,22 +140,20 @@ def explain_miss(store: Path, scope: str, wire: str, request: object) -> str:
             )
     finally:
         db.close()
-    now = canonical(request).splitlines()
+    now = canonical(request)
     matcher = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(now)
-    nearest, best = [], -1.0
-    number = 0
-    for exchange in recorded:
-        then = canonical(exchange.request()).splitlines()
-        matcher.set_seq1(then)
-        if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:
-            ratio = matcher.ratio()
-            if ratio > best:
-                nearest, best, number = then, ratio, exchange.id
+    matcher.set_seq2(WORD.findall(now))
+
+    def likeness(text: str) -> float:
+        matcher.set_seq1(WORD.findall(text))
+        return matcher.quick_ratio()  # the same words, wherever they are
+
+    texts = [(canonical(exchange.request()), exchange.id) for exchange in recorded]
+    nearest, number = max(texts, key=lambda text: likeness(text[0]))
     start = f"the recording {store} has no answer left for this {wire} request of {scope}"
     if nearest == now:
-        return f"{start}: exchange {number} is the same request, but all {total} there are used up"
-    line, then_line, now_line = _first_difference(nearest, now)
+        return f"{start}: exchange {number} is the same request, but what it got is used up"
+    line, then_line, now_line = _first_difference(nearest.splitlines(), now.splitlines())
     return (
         f"{start}. The nearest of {total} there is exchange {number}; line {line} differs:\n"
         f"  recorded: {then_line}\n  now:      {now_line}"

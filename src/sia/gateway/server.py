@@ -33,7 +33,7 @@ from sia.gateway.matching import digest
 from sia.gateway.protocol import Role, Spend
 from sia.gateway.recording import Recording, explain_miss
 from sia.gateway.store import Exchange, Store
-from sia.gateway.wire import WIRES, Format, error_body
+from sia.gateway.wire import WIRES, Format, error_body, error_event
 
 REQUEST_BYTES = 64 * 2**20
 FORWARDED = ("anthropic-beta", "anthropic-version", "openai-beta")
@@ -79,7 +79,7 @@ class Following(Response):
         call.unpack()
         started, sent = False, 0
         while not gone.done():
-            if call.status and not started:
+            if not started and (call.parts or call.done):
                 headers = call.answer_headers
                 if call.done:
                     length = sum(map(len, call.parts))
@@ -115,14 +115,15 @@ class Server:
         call_s: float,
         concurrency: int,
         backoff_s: float,
-        listeners: tuple[sockets.socket, sockets.socket],
+        listeners: Sequence[sockets.socket],
     ) -> None:
-        """Takes over two bound sockets: a Unix socket and a loopback one.
+        """Takes over bound sockets: a Unix socket and, where there is a loopback, one of it.
 
         Args:
             store: Where exchanges are written.
             shared: Where usable ones are written as well.
-            recordings: Asked in this order before a call is sent.
+            recordings: Asked in this order before a call is sent; the last one is `shared`, if
+                there is such a store.
             spent: What earlier sessions have spent.
             keep_bodies: Whether texts are recorded.
             offline: Nothing is sent at all.
@@ -134,7 +135,7 @@ class Server:
             listeners: The sockets.
         """
         self.socket = Path(listeners[0].getsockname())
-        self.port: int = listeners[1].getsockname()[1]
+        self.port: int = listeners[1].getsockname()[1] if len(listeners) > 1 else 0
         self._listeners = listeners
         self._store, self._shared = store, shared
         self._recordings = recordings
@@ -384,6 +385,9 @@ class Server:
             self._keep(exchange)
         except RunDirectoryError as error:
             self._failure = self._failure or error
+            if call.parts:  # a stream that has begun
+                return error_event(str(error), call.wire)
+            call.status = 0
             return call.refuse(500, str(error))
         return last
 
@@ -391,7 +395,8 @@ class Server:
         self._spent[exchange.role] += exchange.spend()  # it was paid for, recorded or not
         self._store.add(exchange)
         if self._shared is not None and not exchange.failure and not exchange.source:
-            self._shared.add(replace(exchange, session=self._shared.session))
+            shared = self._shared.add(replace(exchange, session=self._shared.session))
+            self._recordings[-1].give(exchange.scope, shared)
 
     def _replay(self, call: Call, found: Exchange, source: str) -> None:
         """Answers a call with what was recorded."""
@@ -404,6 +409,7 @@ class Server:
             occurrence=call.occurrence,
             exact=call.digest.exact,
             source=source,
+            cost_usd=0.0,
             started_at=call.started_at,
             wall_s=round(time.monotonic() - call.clock, 6),
         )
