@@ -179,6 +179,23 @@ class BlindConfig(FeedbackConfig):
 
 
 @dataclass
+class FailuresConfig(FeedbackConfig):
+    """feedback=failures."""
+
+    _target_: str = "sia.feedback.Failures"
+    items: int = 20  # failed dev items that are shown, at most 20
+
+
+@dataclass
+class TracesConfig(FeedbackConfig):
+    """feedback=traces."""
+
+    _target_: str = "sia.feedback.Traces"
+    items: int = 20  # failed dev items that are shown, at most 20
+    trajectories: int = 5  # at most
+
+
+@dataclass
 class SandboxLimits:
     """What one attempt may use; see `sia.sandbox.protocol.Limits`."""
 
@@ -302,7 +319,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "pydantic_ai": PydanticAIConfig,
     },
     "search": {"chain": ChainConfig, "keep_best": KeepBestConfig},
-    "feedback": {"scores": ScoresConfig, "blind": BlindConfig},
+    "feedback": {
+        "scores": ScoresConfig,
+        "blind": BlindConfig,
+        "failures": FailuresConfig,
+        "traces": TracesConfig,
+    },
     "sandbox": {
         "auto": AutoSandboxConfig,
         "bwrap": BwrapConfig,

@@ -102,6 +102,20 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One dev item that was not answered right: what was said, never what is right.
+
+    Attributes:
+        answer: What the target said, cut; empty where it gave no usable answer.
+        score: Of this item, as the verifier counts it.
+    """
+
+    item: str
+    answer: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the verifier says about one submission on one split.
 
@@ -112,6 +126,7 @@ class Evaluation:
         symptoms: Aggregates that a meta backend can react to.
         breakdown: Per-class and confusion tables, for people and for feedback.
         items: Score of each item by id; aligned between candidates, for paired statistics.
+        failures: A bounded sample of what went wrong on the dev split; empty on any other.
     """
 
     candidate: str
@@ -125,6 +140,7 @@ class Evaluation:
     symptoms: dict[str, float] = field(default_factory=dict)
     breakdown: dict[str, Any] = field(default_factory=dict)
     items: dict[str, float] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from sia.errors import RunDirectoryError
 from sia.provenance import tree_sha256
 from sia.records import Candidate, Proposal
-from sia.rundir import candidate_dir, remove_tree, write_atomic, write_error
+from sia.rundir import candidate_dir, write_atomic, write_error
+from sia.sandbox.staging import remove
 from sia.tasks.harness import check_harness
 
 MAX_DIFF_LINES = 4_000
@@ -38,7 +39,7 @@ class Workspaces:
         folder = candidate_dir(self._run, generation, index)
         source = self._first if parent is None else self.harness(parent)
         try:
-            remove_tree(folder)
+            remove(folder)  # a session that was killed may have left anything
             folder.mkdir(parents=True)
             shutil.copytree(
                 source,

@@ -27,7 +27,8 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         labels_dir: Folder with labels.csv and labels.json, as `prepare` writes them.
 
     Returns:
-        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0) and breakdown
+        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0), answers (id to what
+        was answered) and breakdown
         (recall by label, most frequent confusions).
 
     Raises:
@@ -82,6 +83,7 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             "rare_label_gap": _gap(items, truth, "n_train", RARE_LABEL, more_is_harder=False),
         },
         "items": items,
+        "answers": answers,
         "breakdown": {
             "recall": recall,
             "confusions": [

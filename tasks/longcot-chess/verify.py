@@ -25,7 +25,8 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         labels_dir: Folder with labels.csv (`id,label,kind`).
 
     Returns:
-        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0) and breakdown
+        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0), answers (id to what
+        was answered) and breakdown
         (recall by kind).
 
     Raises:
@@ -86,6 +87,7 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             "moves_missed_share": 1 - recall["moves"]["recall"] if by_kind["moves"] else 0.0,
         },
         "items": items,
+        "answers": {item: given[item][0] for item in answers},
         "breakdown": {"recall": recall},
     }
 

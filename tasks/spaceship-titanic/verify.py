@@ -22,7 +22,8 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         labels_dir: Folder with labels.csv, as `prepare` writes it.
 
     Returns:
-        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0) and breakdown
+        score, n_items, n_answered, metrics, symptoms, items (id to 0.0 or 1.0), answers (id to what
+        was answered) and breakdown
         (recall by answer, sleep and planet; the two confusions).
 
     Raises:
@@ -75,6 +76,7 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             "group_gap": alone - together,
         },
         "items": items,
+        "answers": answers,
         "breakdown": {
             "recall": recall,
             "asleep": asleep,

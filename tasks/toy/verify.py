@@ -32,4 +32,5 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         "symptoms": {"recall_gap": recall["large"] - recall["small"]},
         "breakdown": {"recall": recall},
         "items": items,
+        "answers": {item: answers[item] for item in truth if item in answers},
     }

@@ -13,10 +13,13 @@ from typing import ClassVar
 
 from sia.errors import MetaBackendError
 from sia.sandbox.environments import current_runtime, runtime_of
-from sia.sandbox.protocol import Runtime
+from sia.sandbox.protocol import Limits, Runtime
 
 DRIVERS = Path(__file__).with_name("drivers")
 ASK_S = 60
+# Of a session. Address space, not memory: the engine inside the Claude CLI reserves 10 GiB when it
+# starts and uses 0.2 GiB of them. Agents start compilers, test runners and the target itself.
+LIMITS = Limits(memory_mib=32_768, processes=512, file_mib=512, disk_mib=2048, output_kib=1024)
 
 
 class Agent:
@@ -33,6 +36,7 @@ class Agent:
     name: ClassVar[str]
     package: ClassVar[str]  # what the interpreter must be able to import
     install: ClassVar[str]
+    limits: ClassVar[Limits] = LIMITS
 
     def __init__(
         self,

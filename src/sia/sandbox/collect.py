@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MAX_ENTRIES = 100_000
@@ -75,6 +75,83 @@ def collect_trajectories(work_fd: int, out: Path) -> int:
     if not taken and out.is_dir():
         out.rmdir()
     return taken
+
+
+def collect_tree(
+    work_fd: int,
+    out: Path,
+    *,
+    skip: Callable[[str], bool],
+    max_files: int,
+    max_mib: float,
+    max_depth: int = 20,
+) -> dict[str, str]:
+    """Copies all regular files below `out`, in the order of their names.
+
+    Args:
+        work_fd: The working folder, opened before the program could replace it.
+        out: A folder; folders without files are not made in it.
+        skip: Told a path relative to the working folder; what it accepts is not even looked at.
+        max_files: Files at most.
+        max_mib: Size of all files together.
+        max_depth: Folders within one another.
+
+    Returns:
+        Everything else that was left behind: its path, and a line that says why.
+    """
+    out.mkdir(exist_ok=True)
+    left = int(max_mib * 2**20)
+    taken = 0
+    refused: dict[str, str] = {}
+    for name, problem in _walk(work_fd, "", skip, max_depth):
+        if taken >= max_files or len(refused) >= max_files:
+            refused[name] = f"{name!r} and what comes after it: more than {max_files} files"
+            break
+        try:
+            if problem:
+                raise Refused(f"{name!r} {problem}")
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            left -= _take(work_fd, name, out / name, left)
+        except Refused as reason:
+            refused[name] = str(reason)
+        else:
+            taken += 1
+    return refused
+
+
+def _walk(
+    folder_fd: int, above: str, skip: Callable[[str], bool], depth: int
+) -> Iterator[tuple[str, str]]:
+    """Relative paths of all that is not a folder, each with why it cannot be taken, or nothing."""
+    try:
+        with os.scandir(folder_fd) as entries:
+            found = sorted(
+                (entry.name, entry.is_dir(follow_symlinks=False))
+                for entry in itertools.islice(entries, MAX_ENTRIES)
+            )
+    except OSError as error:
+        yield above or ".", f"cannot be read ({error.strerror})"
+        return
+    for name, is_folder in found:
+        path = f"{above}/{name}" if above else name
+        if skip(path):
+            continue
+        if not name.isprintable():  # control characters, and bytes that are not UTF-8
+            yield path, "has a name that is not plain text"
+        elif not is_folder:
+            yield path, ""
+        elif depth <= 1:
+            yield path, "lies in too many folders within one another"
+        else:
+            try:
+                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder_fd)
+            except OSError as error:
+                yield path, f"cannot be opened ({error.strerror})"
+                continue
+            try:
+                yield from _walk(fd, path, skip, depth - 1)
+            finally:
+                os.close(fd)
 
 
 def excess(folder: Path, max_mib: int) -> str:

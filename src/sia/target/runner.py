@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import subprocess
 import threading
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sia.sandbox.collect import Refused, collect_submission, collect_trajectorie
 from sia.sandbox.environments import BuildFailed, Environments, current_runtime, holds
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
 from sia.sandbox.protocol import Job, Limits, Sandbox
+from sia.sandbox.staging import copy_read_only, remove
 from sia.tasks.task import Task
 
 MIN_FREE_BYTES = 2**18  # an attempt leaves more than that
@@ -109,7 +109,7 @@ class HarnessRunner:
     ) -> Attempt:
         out.mkdir(parents=True, exist_ok=True)
         for name in LEAVINGS:
-            _remove(out / name)
+            remove(out / name)
         runtime = current_runtime()
         if self._sandbox.host_runtime:
             try:
@@ -126,8 +126,8 @@ class HarnessRunner:
         try:
             data = self._data
             if not self._sandbox.shields_data:
-                data = _copy(data, out / "inputs" / "data", follow_links=True)
-                harness = _copy(harness, out / "inputs" / "harness", follow_links=False)
+                data = copy_read_only(data, out / "inputs" / "data", follow_links=True)
+                harness = copy_read_only(harness, out / "inputs" / "harness", follow_links=False)
             with free_slot() as slot, self._lease(candidate) as lease:
                 job = Job(
                     data=data,
@@ -153,8 +153,8 @@ class HarnessRunner:
             return self._collect(candidate, execution, work_fd, out)
         finally:
             os.close(work_fd)
-            _remove(work)
-            _remove(out / "inputs")
+            remove(work)
+            remove(out / "inputs")
 
     def _lease(self, candidate: str) -> contextlib.AbstractContextManager[Lease | None]:
         if self._gateway is None:
@@ -171,7 +171,7 @@ class HarnessRunner:
                 collect_submission(work_fd, files, max_mib=max_mib, out=out / "submission")
             except Refused as refused:
                 outcome, reason = Outcome.NO_SUBMISSION, str(refused)
-                _remove(out / "submission")
+                remove(out / "submission")
         return Attempt(
             candidate=candidate,
             outcome=outcome,
@@ -196,18 +196,6 @@ def _refuse_full_disk(out: Path) -> None:
         raise write_error(out, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
-def _copy(source: Path, target: Path, *, follow_links: bool) -> Path:
-    """A copy of a folder whose files are read-only. Returns `target`."""
-
-    def copy_file(file: str, copy: str) -> None:
-        shutil.copyfile(file, copy, follow_symlinks=follow_links)
-        if not os.path.islink(copy):
-            os.chmod(copy, 0o444)
-
-    shutil.copytree(source, target, symlinks=not follow_links, copy_function=copy_file)
-    return target
-
-
 def _refuse_outward_links(data: Path) -> None:
     """Finds links that would lead nowhere in a sandbox.
 
@@ -222,22 +210,3 @@ def _refuse_outward_links(data: Path) -> None:
                     f"{path} is a link to {os.readlink(path)!r}, which targets cannot see. Make it "
                     "a file: dvc config cache.type reflink,copy && dvc checkout --relink"
                 )
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder, whatever a target has done to it.
-
-    Raises:
-        TargetError: It cannot be removed.
-    """
-    try:
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path)
-    except (OSError, RecursionError):
-        # Folders closed to us, or nested deeper than Python can follow.
-        for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
-            subprocess.run([*command, "--", str(path)], capture_output=True, check=False)
-        if os.path.lexists(path):
-            raise TargetError(f"{path} cannot be removed. Try: rm -rf {path}") from None

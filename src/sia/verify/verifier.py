@@ -17,6 +17,7 @@ import msgspec
 
 from sia.records import Evaluation, Outcome, from_data
 from sia.tasks.task import Task
+from sia.verify.failures import sample_failures
 
 START_GRACE_S = 120.0  # for the imports of a verify.py on a cold machine
 
@@ -126,8 +127,10 @@ class TaskVerifier:
             return replace(blank, outcome=Outcome.VERIFIER_FAILED, problem=answer["failed"])
         try:
             found = from_data(
-                {**answer["ok"], "candidate": candidate, "split": self._split}, Evaluation
+                {**answer["ok"], "candidate": candidate, "split": self._split, "failures": []},
+                Evaluation,
             )
+            answers = from_data(answer["ok"].get("answers", {}), dict[str, str])
         except msgspec.ValidationError as error:
             return replace(
                 blank,
@@ -140,7 +143,9 @@ class TaskVerifier:
                 outcome=Outcome.VERIFIER_FAILED,
                 problem=f"verify() of task {self._task.name!r} gave the score {found.score!r}",
             )
-        return found
+        if self._split != "dev" or not answers:  # nothing of another split may reach a proposal
+            return found
+        return replace(found, failures=sample_failures(found.items, answers, self._task.metric))
 
 
 def _clean_environment() -> dict[str, str]:
