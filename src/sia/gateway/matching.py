@@ -89,7 +89,8 @@ def _fixed(value: Any, links: dict[str, str], *, top: bool = True) -> Any:
         return [_fixed(item, links, top=False) for item in value]
     if not isinstance(value, dict):
         return value
-    call = value.get("type") in CALLS
+    kind = value.get("type")  # in the schema of a tool, "type" may be a property with a schema
+    call = isinstance(kind, str) and kind in CALLS
     fixed = {}
     for name, item in value.items():
         if name == "cache_control" or (top and name in IGNORED):
