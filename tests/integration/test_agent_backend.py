@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hostile.stage import SANDBOXES, Remembering, why_not
-from rehearsal.stage import REFERENCE, Stage, elsewhere
+from rehearsal.stage import REFERENCE, Stage
 
 from sia.errors import BadProposal, BudgetExceeded, MetaBackendError
 from sia.gateway.protocol import Role
@@ -165,10 +165,11 @@ def test_caches_and_hidden_files_are_no_change(stage: Stage) -> None:
          "too many folders within one another"),
         ("[Path(f'harness/{i}').touch() for i in range(2100)]", "more than 2000 files"),
         ("Path('harness/a\\nb').touch()", "a name that is not plain text"),
-        ("os.rename('harness', 'notes'); os.symlink('notes', 'harness')",
+        ("import shutil; shutil.rmtree('harness'); os.symlink('notes', 'harness')",
          "harness is a symbolic link"),
-        ("os.rename('harness', 'notes'); Path('harness').touch()", "no file target_agent.py"),
-        ("Path('harness/target_agent.py').unlink();"
+        ("import shutil; shutil.rmtree('harness'); Path('harness').touch()",
+         r"no file target_agent\.py"),
+        ("Path('harness/target_agent.py').unlink(missing_ok=True);"
          "os.symlink('/etc/hostname', 'harness/target_agent.py')",
          "target_agent.py is a symbolic link"),
     ],
@@ -178,12 +179,19 @@ def test_what_an_agent_sets_as_a_trap_is_refused_with_its_name(
     confined: Stage, act: str, message: str
 ) -> None:
     with pytest.raises(BadProposal, match=message):
-        confined.edit(f"Path('harness/new.py').touch(); {act}", NOTHING)
+        confined.edit(f"os.makedirs('harness', exist_ok=True); {act}")
     assert not confined.sandbox.alive()
 
 
+def test_what_was_refused_is_told_and_may_stay_away(stage: Stage) -> None:
+    _, harness = stage.edit(f"{GOOD}; os.symlink('/etc', 'harness/etc')", NOTHING)
+    assert [path.name for path in harness.iterdir()] == ["target_agent.py"]
+    prompt = (stage.run / "gen-001/cand-0/prompt-2.md").read_text()
+    assert "harness/etc is a symbolic link" in prompt
+
+
 def test_folders_without_files_are_not_carried_along(stage: Stage) -> None:
-    _, harness = stage.edit(f"{GOOD}; os.makedirs('harness/' + 'd/' * 300)")
+    _, harness = stage.edit(f"{GOOD}; os.makedirs('harness/' + 'd/' * 9)")
     assert sorted(path.name for path in harness.rglob("*")) == ["target_agent.py"]
 
 
@@ -223,7 +231,7 @@ def test_a_session_that_fills_the_disk_is_ended(stage: Stage) -> None:
     stage.limits = type(stage.limits)(memory_mib=2048, disk_mib=2)
     fill = "os.mkdir('notes'); Path('notes/a').write_bytes(b'x' * 4 * 2**20); import time"
     proposal, _ = stage.edit(f"{GOOD}; {fill}; time.sleep(60)")
-    assert "ended: error (wrote more than 2 MiB)" in proposal.evidence
+    assert "ended: disk (wrote more than 2 MiB)" in proposal.evidence
 
 
 @pytest.mark.parametrize(
@@ -240,6 +248,7 @@ def test_a_session_that_fills_the_disk_is_ended(stage: Stage) -> None:
 def test_a_model_that_cannot_be_reached_ends_the_run_and_not_its_generations(
     stage: Stage, act: str, message: str
 ) -> None:
+    stage.door.answers = [0, 0]
     with pytest.raises(MetaBackendError, match=f"twice in a row: .*{message}") as error:
         stage.edit(act)
     assert not isinstance(error.value, BadProposal)
@@ -255,6 +264,7 @@ def test_an_error_before_the_first_answer_is_no_try_of_the_agents(stage: Stage) 
         "os.makedirs('notes', exist_ok=True); Path(f'notes/{n}').touch()\n"
         f"if not n: said.update(end='error', turns=0)\nelse: {BROKEN}"
     )
+    stage.door.answers = [0, 1, 1]
     proposal, _ = stage.edit(act, GOOD)
     assert [scope for _, scope in stage.door.leases] == [
         "g001-c0/meta", "g001-c0/meta-2", "g001-c0/meta-3",
@@ -265,6 +275,11 @@ def test_an_error_before_the_first_answer_is_no_try_of_the_agents(stage: Stage) 
 def test_an_error_after_some_turns_is_told_and_counted(stage: Stage) -> None:
     with pytest.raises(BadProposal, match=r"ended: error \(overloaded\) after 7 turns"):
         stage.edit("said.update(end='error', detail='overloaded', turns=7)")
+
+
+def test_an_agent_that_kills_its_own_driver_is_told_and_counted(stage: Stage) -> None:
+    with pytest.raises(BadProposal, match=r"the second session ended: error .killed by SIGKILL"):
+        stage.edit("os.kill(os.getpid(), 9)")
 
 
 def test_a_refused_call_ends_the_step(stage: Stage) -> None:
@@ -319,19 +334,16 @@ def test_a_harness_with_links_is_not_shown_in_part(stage: Stage) -> None:
 
 
 def test_two_runs_in_different_folders_are_told_the_same(stage: Stage, tmp_path: Path) -> None:
-    stage.scored(
-        outcome=Outcome.CRASHED, score=None, reason=f"exit code 1: {stage.run}/gen-000/x.py"
-    )
-    (stage.run / "gen-000/cand-0/stderr.log").write_text(f'File "{stage.run}/gen-000/x.py"\n')
     see = (
-        "Path('proposal.json').write_text(json.dumps({'hypothesis': job['prompt'][-200:],"
-        "'evidence': ''.join(sorted(f'{p} {p.stat().st_mtime} ' for p in Path('.').rglob('*')"
-        " if p.name not in ('data', 'python')))}))"
+        "Path('proposal.json').write_text(json.dumps({'hypothesis': ''.join(sorted("
+        "f'{p} {p.stat().st_mtime} ' for p in Path('.').rglob('*') if p.name != 'data'))}))"
     )
     proposals = []
-    for where in (stage, elsewhere(stage, tmp_path / "elsewhere-and-longer")):
-        where.history = list(stage.history)
-        proposal, _ = where.edit(f"{GOOD}; {see}")
+    for where in (stage, Stage(root=tmp_path / "elsewhere-and-longer", sandbox=Process())):
+        reason = f"exit code 1: {where.run}/gen-000/x.py"
+        where.scored(outcome=Outcome.CRASHED, score=None, reason=reason)
+        (where.run / "gen-000/cand-0/stderr.log").write_text(f'File "{where.run}/x.py"\n')
+        proposal, _ = where.edit(f"{see}; {GOOD}")
         folder = where.run / "gen-001/cand-0"
         texts = [path.read_bytes() for path in sorted(folder.glob("workspace/**/*.*"))]
         proposals.append((proposal, (folder / "prompt.md").read_bytes(), texts))
@@ -401,6 +413,7 @@ def test_a_decision_that_was_interrupted_starts_afresh(stage: Stage) -> None:
 def test_an_unreachable_model_ends_a_decision_too(stage: Stage) -> None:
     parent = stage.scored()
     stage.plays(decision=["said.update(end='error', detail='503', turns=0)"])
+    stage.door.answers = [0, 0]
     with pytest.raises(MetaBackendError, match="twice in a row: 503"):
         stage.backend().decide(stage.question(0, parent))
 

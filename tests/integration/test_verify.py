@@ -151,3 +151,44 @@ def test_an_import_error_of_a_verifier_is_an_outcome(toy: Task, submission: Path
     assert found.outcome is Outcome.VERIFIER_FAILED
     assert "died twice" in found.problem
     verifier.close()
+
+
+def test_failures_are_a_sample_of_the_dev_split_without_what_is_right(
+    verifier: TaskVerifier, toy: Task, submission: Path
+) -> None:
+    path = submission / "submission.csv"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([rows[0], *(row.split(",")[0] + ",large" for row in rows[1:])]))
+    found = verifier.verify("g000-c0", submission)
+    assert 0 < len(found.failures) <= 20
+    assert {failure.answer for failure in found.failures} == {"large"}
+    assert {found.items[failure.item] for failure in found.failures} == {0.0}
+    labels = (toy.labels_dir("test") / "labels.csv").read_text().splitlines()[1:]
+    sealed = {line.split(",")[0] for line in labels}
+    assert not sealed & {failure.item for failure in found.failures}
+
+
+def test_no_failure_of_the_sealed_split_is_kept(toy: Task, submission: Path) -> None:
+    verifier = TaskVerifier(task=toy, split="test")
+    found = verifier.verify("g000-c0", submission)
+    assert found.score == 0.0  # the submission answers the dev items only
+    assert found.failures == ()
+    verifier.close()
+
+
+@pytest.mark.parametrize("answers", ["{'a': 1}", "['a']", "None"])
+def test_answers_that_are_not_text_by_id_break_the_contract(
+    toy: Task, submission: Path, answers: str
+) -> None:
+    verifier = with_verify(toy, f"return {{'score': 0.5, 'answers': {answers}}}")
+    found = verifier.verify("c", submission)
+    assert found.outcome is Outcome.VERIFIER_FAILED
+    assert "breaks its contract" in found.problem
+    verifier.close()
+
+
+def test_a_verifier_cannot_choose_which_failures_are_shown(toy: Task, submission: Path) -> None:
+    body = "return {'score': 0.5, 'failures': [{'item': 'x', 'answer': 'y', 'score': 0.0}]}"
+    verifier = with_verify(toy, body)
+    assert verifier.verify("c", submission).failures == ()
+    verifier.close()

@@ -62,13 +62,14 @@ class Budget:
 
 @dataclass(eq=False, kw_only=True)
 class OpenLease:
-    """A lease that is in force: who the holder of a key is, and what was refused to it."""
+    """A lease that is in force: who the holder of a key is, and how its calls fare."""
 
     role: Role
     scope: str
     route: Route
     endpoint: Endpoint
     refused: str = field(default="", init=False)
+    answered: int = field(default=0, init=False)
 
     @property
     def model(self) -> str:

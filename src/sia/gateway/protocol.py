@@ -57,6 +57,11 @@ class Lease(Protocol):
         """Why a call of this lease was refused for lack of budget; empty if none was."""
         ...
 
+    @property
+    def answered(self) -> int:
+        """How many calls of this lease got a usable answer, recorded ones included."""
+        ...
+
 
 class Gateway(Protocol):
     """The one way to a model. Safe to use from several threads."""

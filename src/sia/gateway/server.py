@@ -389,6 +389,7 @@ class Server:
                 return error_event(str(error), call.wire)
             call.status = 0
             return call.refuse(500, str(error))
+        call.lease.answered += not exchange.failure
         return last
 
     def _keep(self, exchange: Exchange) -> None:
@@ -419,6 +420,7 @@ class Server:
         except RunDirectoryError as error:
             self._failure = self._failure or error
             raise Refusal(500, str(error)) from error
+        call.lease.answered += not found.failure
         call.finish(found.body())
 
     async def _miss(self, call: Call, recording: Recording) -> None:

@@ -227,7 +227,8 @@ class AgentBackend:
         """A session, and a second one if `judge` finds problems in what the first one left.
 
         A session that ended in an error before its model had answered once says nothing about
-        the agent: it is repeated as it was, once, and does not count as a try.
+        the agent: it is repeated as it was and does not count as a try, and another one like it
+        right after ends the run, which can be resumed at this very step.
         """
         system = render("system")
         text = prompt
@@ -249,7 +250,7 @@ class AgentBackend:
             )
             workspace.restore()
             problems = judge(end)
-            if problems and end.end == "error" and end.turns == 0:
+            if problems and end.end == "error" and not end.answered:
                 if unreached:
                     raise MetaBackendError(
                         f"meta={self._sessions.agent.name} could not work, twice in a row: "
@@ -472,7 +473,7 @@ def copy_harness(source: Path, out: Path) -> dict[str, str]:
 
 
 def _origin(parent: Candidate | None) -> str:
-    return f"the harness of {parent.id}" if parent else "the reference harness"
+    return f"the harness of {parent.id}" if parent else "the harness that the run starts from"
 
 
 def _hidden(path: str) -> bool:

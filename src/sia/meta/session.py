@@ -50,14 +50,17 @@ class SessionEnd:
     """How a session ended.
 
     Attributes:
-        end: `done`, `turns`, `tokens` or `error`, as the driver says, or `timeout`.
+        end: `done`, `turns`, `tokens` or `error`, as the driver says; `timeout` or `disk` where a
+            limit of the sandbox ended it.
         turns: Answers of the model; 0 where the driver could not say.
+        answered: Calls that the gateway has answered, whatever the driver says.
         refused: What was not taken back of the workspace: path -> why.
     """
 
     end: str
     detail: str
     turns: int
+    answered: int = 0
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -187,13 +190,13 @@ class Sessions:
                 launch = self._sandbox.launch(job)
                 _hand_over(work, launch.owner)
                 execution = _execute(launch, job, self.agent.session_s, cancel)
-                refused = lease.refused
+                refused, answered = lease.refused, lease.answered
             end = _end(execution)
             _write_logs(out, execution, end, self._sandbox.name)
             if refused:
                 raise BudgetExceeded(refused)
             remove(workspace)
-            return replace(end, refused=_take_back(work_fd, workspace, wanted))
+            return replace(end, answered=answered, refused=_take_back(work_fd, workspace, wanted))
         finally:
             os.close(work_fd)
             for folder in (work, out / "code", out / "data"):
@@ -247,8 +250,9 @@ def _execute(launch: Launch, job: Job, deadline_s: float, cancel: Cancel) -> Exe
 
 def _end(execution: Execution) -> SessionEnd:
     """What the driver said at last, or what became of it."""
-    if execution.outcome is Outcome.TIMEOUT:
-        return SessionEnd(end="timeout", detail=execution.reason, turns=0)
+    limits = {Outcome.TIMEOUT: "timeout", Outcome.DISK_LIMIT: "disk"}
+    if execution.outcome in limits:
+        return SessionEnd(end=limits[execution.outcome], detail=execution.reason, turns=0)
     if execution.outcome is not Outcome.OK:
         return SessionEnd(end="error", detail=execution.reason, turns=0)
     stdout = execution.stdout

@@ -1,7 +1,6 @@
 """A run directory with one agent that follows the task's text, and no model."""
 
 import json
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,14 +55,19 @@ class Rehearsed(Agent):
 class Lease:
     endpoint: Endpoint
     refused: str = ""
+    answered: int = 0
 
 
 @dataclass
 class Door:
-    """The gateway of an agent that asks nothing: a socket that is there, and its visitors."""
+    """The gateway of an agent that asks nothing: a socket that is there, and its visitors.
+
+    Each session is taken to have been answered once, or as often as `answers` says in turn.
+    """
 
     folder: Path
     refused: str = ""
+    answers: list[int] = field(default_factory=list)
     leases: list[tuple[Role, str]] = field(default_factory=list)
 
     @contextmanager
@@ -74,7 +78,7 @@ class Door:
             listener.bind(str(path))
             endpoint = Endpoint(socket=path, port=9, key="throw-away", model="rehearsed-1")
             try:
-                yield Lease(endpoint, self.refused)
+                yield Lease(endpoint, self.refused, self.answers.pop(0) if self.answers else 1)
             finally:
                 path.unlink()
 
@@ -100,7 +104,7 @@ class Stage:
         (folder / "harness/target_agent.py").write_text(REFERENCE)
         self.task_folder = folder
         self.run = self.root / "run"
-        self.run.mkdir()
+        self.run.mkdir(parents=True)
         self.door = Door(self.root)
         self.workspaces = Workspaces(run=self.run, first=folder / "harness")
         self.plays([], decision=[])
@@ -194,12 +198,3 @@ class Stage:
         parent = self.history[-1].candidate if self.history else self.scored()
         request = self.request(1, parent)
         return self.backend().propose(request), request.workspace
-
-
-def elsewhere(stage: Stage, root: Path) -> Stage:
-    """The same task and history in another folder."""
-    root.mkdir()
-    other = Stage(root=root, sandbox=stage.sandbox, history=list(stage.history))
-    shutil.copytree(stage.task_folder, other.task_folder, dirs_exist_ok=True)
-    shutil.copytree(stage.run, other.run, dirs_exist_ok=True)
-    return other
