@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -304,6 +307,65 @@ def test_cancel_kills_what_runs_and_what_is_to_come(confined: Stage) -> None:
     assert not confined.sandbox.alive()
     with pytest.raises(KeyboardInterrupt):
         backend.propose(confined.request(1, confined.history[-1].candidate))
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from hostile.stage import SANDBOXES
+from rehearsal.stage import Stage
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stage = Stage(root=Path(sys.argv[2]), sandbox=SANDBOXES[sys.argv[3]](), session_s=60)
+act = "import subprocess, time; subprocess.Popen(['sleep', '61.5']); print('at work', flush=True)"
+stage.edit(act + "; Path('notes').mkdir(); time.sleep(61.5)")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("kind", ["bwrap", "process"])
+def test_an_end_of_the_run_is_the_end_of_its_session(
+    kind: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    if REASONS[kind]:
+        pytest.skip(REASONS[kind])
+    root = tmp_path / "stage"
+    folder = str(Path(__file__).parent)
+    run = subprocess.Popen([sys.executable, "-c", INTERRUPTED, folder, str(root), kind])
+    work = root / "run/gen-001/cand-0/session/work"
+    until = time.monotonic() + 30
+    while not (work / "notes").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    working = {pid: command for pid in os.listdir("/proc") if (command := at_work(pid, root))}
+    assert len(working) >= 2
+    if (kind, number) == ("process", signal.SIGKILL):  # it cannot reach what the driver started
+        for pid in [pid for pid, command in working.items() if "sleep" in command]:
+            os.kill(int(pid), signal.SIGKILL)
+    run.send_signal(number)
+    assert run.wait(30) != 0
+    until = time.monotonic() + 10
+    while (left := [c for pid, c in working.items() if command_of(pid) == c]) and (
+        time.monotonic() < until
+    ):
+        time.sleep(0.05)
+    assert left == []
+
+
+def at_work(pid: str, root: Path) -> str:
+    """The command of a process that works in the session below `root`; empty for any other."""
+    try:
+        here = os.path.samefile(f"/proc/{pid}/cwd", root / "run/gen-001/cand-0/session/work")
+    except OSError:
+        return ""
+    return command_of(pid) if here else ""
+
+
+def command_of(pid: str) -> str:
+    """The command line of a process; empty when it has ended."""
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes().decode()
+    except OSError:
+        return ""
 
 
 def test_a_session_leaves_its_logs_and_no_workspace(confined: Stage) -> None:

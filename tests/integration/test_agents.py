@@ -131,3 +131,12 @@ def test_a_provider_that_refuses_ends_the_run_with_its_words(stage: Stage, kind:
 def test_a_spent_budget_ends_the_step(stage: Stage, kind: str) -> None:
     with pytest.raises(BudgetExceeded, match=r"budget\.requests=1"):
         played(stage, kind, EDITS, budget=Budget(requests=1))
+
+
+def test_a_step_that_an_outage_ended_goes_on_when_it_is_over(stage: Stage, kind: str) -> None:
+    down = [{"when": {"text": ""}, "fault": "status", "status": 403}]
+    with pytest.raises(MetaBackendError, match="resume="):
+        played(stage, kind, down)
+    proposal, harness = played(stage, kind, EDITS)
+    assert harness == f"{WROTE}\n"
+    assert proposal.evidence == ""
