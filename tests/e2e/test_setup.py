@@ -14,14 +14,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def checkout(tmp_path: Path) -> Path:
     for name in ("scripts", "src", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
+    for constraints in ROOT.glob("constraints*.txt"):
+        shutil.copy(constraints, tmp_path)
     return tmp_path
 
 
 def setup(checkout: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return call(checkout, "scripts/setup", "base", **env)
+
+
+def call(checkout: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["scripts/setup", "base"],
+        command,
         cwd=checkout, env={**os.environ, **env}, capture_output=True, text=True, timeout=120,
         check=False,
     )  # fmt: skip
@@ -63,3 +69,17 @@ def test_a_package_index_out_of_reach_is_named_and_the_next_call_tries_again(
         assert "the package index cannot be reached" in done.stderr
         assert "make demo" in done.stderr
     assert not list((checkout / ".venv").glob(".sia-*"))
+
+
+def test_a_python_too_old_for_openhands_is_named(checkout: Path) -> None:
+    tools = checkout / "tools"
+    for name in ("python3", "python3.14", "python3.13", "python3.12", "python"):
+        program(tools, name, '[ "$1" = --version ] && echo "Python 3.11.7" || exit 1')
+    done = call(
+        checkout, "scripts/openhands", HOME=str(checkout), PATH=f"{tools}:/usr/bin:/bin",
+        PYTHON="", PYENV_ROOT=str(checkout),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "needs Python 3.12 or newer, found Python 3.11.7" in done.stderr
+    assert "PYTHON=/path/to/python3.12 scripts/openhands" in done.stderr
+    assert not (checkout / ".venv-openhands").exists()

@@ -20,6 +20,14 @@ ASK_S = 60
 # Of a session. Address space, not memory: the engine inside the Claude CLI reserves 10 GiB when it
 # starts and uses 0.2 GiB of them. Agents start compilers, test runners and the target itself.
 LIMITS = Limits(memory_mib=32_768, processes=512, file_mib=512, disk_mib=2048, output_kib=1024)
+QUESTION = """
+import importlib.util, json, sys
+try:
+    found = importlib.util.find_spec(sys.argv[1]) is not None
+except ModuleNotFoundError:
+    found = False
+print(json.dumps([sys.prefix, sys.exec_prefix, sys.base_prefix, found]))
+"""
 
 
 class Agent:
@@ -65,19 +73,15 @@ class Agent:
             MetaBackendError: It has not, or does not run.
         """
         if self._python is None:
-            if importlib.util.find_spec(self.package) is None:
+            if not _installed(self.package):
                 raise MetaBackendError(
                     f"meta={self.name} needs the package {self.package!r}, which is not installed "
                     f"here. {self.install}"
                 )
             return current_runtime()
-        question = (
-            "import importlib.util, json, sys; print(json.dumps([sys.prefix, sys.exec_prefix, "
-            f"sys.base_prefix, importlib.util.find_spec({self.package!r}) is not None]))"
-        )
         try:
             answer = subprocess.run(
-                [self._python, "-I", "-c", question],
+                [self._python, "-I", "-c", QUESTION, self.package],
                 capture_output=True,
                 text=True,
                 timeout=ASK_S,
@@ -96,6 +100,14 @@ class Agent:
         return runtime_of(Path(self._python), *map(Path, prefixes))
 
 
+def _installed(package: str) -> bool:
+    """Whether this interpreter has a package, possibly one inside another."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
+
+
 class Claude(Agent):
     """Claude Agent SDK; speaks the Anthropic format."""
 
@@ -110,8 +122,7 @@ class OpenHands(Agent):
     name = "openhands"
     package = "openhands.sdk"
     install = (
-        "Give it an environment of its own: python3.12 -m venv .venv-openhands && "
-        ".venv-openhands/bin/pip install openhands-ai==1.11.0, then "
+        "Give it an environment of its own: scripts/openhands, then "
         "meta.python=.venv-openhands/bin/python"
     )
 
