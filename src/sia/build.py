@@ -258,12 +258,15 @@ def _faults(cfg: Config) -> list[str]:
 
 
 def _harness(cfg: Config, task: Task) -> Path:
-    if cfg.target.harness == "reference":
-        return task.reference_harness
-    path = Path(cfg.target.harness).expanduser()
-    if not (path / ENTRY_POINT).is_file():
-        raise ConfigError(
-            f"target.harness={cfg.target.harness!r} is neither 'reference' nor a folder with a "
-            f"{ENTRY_POINT}. Start from a copy: cp -r {task.reference_harness} my_harness"
-        )
-    return path.resolve()
+    """The folder, or the one file, that the first candidate is a copy of."""
+    name = cfg.target.harness
+    if known := task.harnesses.get(name):
+        return known
+    path = Path(name).expanduser()
+    if (path / ENTRY_POINT).is_file() or (path.suffix == ".py" and path.is_file()):
+        return path.resolve()
+    raise ConfigError(
+        f"target.harness={name!r} is neither a harness of task {task.name!r} "
+        f"({', '.join(task.harnesses)}), nor a .py file, nor a folder with a {ENTRY_POINT}, seen "
+        f"from {Path.cwd()}. Start from a copy: cp -r {task.reference_harness} my_harness"
+    )

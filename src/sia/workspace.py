@@ -10,6 +10,7 @@ from sia.records import Candidate, Proposal
 from sia.rundir import candidate_dir, write_atomic, write_error
 from sia.sandbox.staging import remove
 from sia.tasks.harness import check_harness
+from sia.tasks.task import ENTRY_POINT
 
 MAX_DIFF_LINES = 4_000
 
@@ -18,7 +19,10 @@ class Workspaces:
     """The harness folders of one run."""
 
     def __init__(self, *, run: Path, first: Path) -> None:
-        """Candidates without a parent start from a copy of `first`."""
+        """Candidates without a parent start from a copy of `first`.
+
+        That is a folder, or one file, which becomes the entry point.
+        """
         self._run = run
         self._first = first
 
@@ -41,12 +45,16 @@ class Workspaces:
         try:
             remove(folder)  # a session that was killed may have left anything
             folder.mkdir(parents=True)
-            shutil.copytree(
-                source,
-                folder / "harness",
-                symlinks=True,
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
+            if source.is_file():
+                (folder / "harness").mkdir()
+                shutil.copyfile(source, folder / "harness" / ENTRY_POINT)
+            else:
+                shutil.copytree(
+                    source,
+                    folder / "harness",
+                    symlinks=True,
+                    ignore=shutil.ignore_patterns("__pycache__"),
+                )
         except OSError as error:
             raise write_error(folder, error) from error
         except shutil.Error as error:
@@ -83,7 +91,7 @@ def render(proposal: Proposal, parent: Candidate | None) -> str:
 
 
 def diff(before: Path, after: Path) -> str:
-    """Unified diff of the text files of two folders; cut after `MAX_DIFF_LINES` lines."""
+    """Unified diff of the text files of two harnesses; cut after `MAX_DIFF_LINES` lines."""
     old, new = _texts(before), _texts(after)
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
@@ -100,6 +108,8 @@ def diff(before: Path, after: Path) -> str:
 
 
 def _texts(folder: Path) -> dict[str, str]:
+    if folder.is_file():
+        return {ENTRY_POINT: folder.read_text("utf-8", errors="replace")}
     texts = {}
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts:

@@ -125,10 +125,28 @@ def test_a_target_outside_sia_is_not_built_unless_trusted(composed: Callable) ->
         build.check(cfg)
 
 
-def test_a_harness_folder_without_entry_point_is_named(composed: Callable, tmp_path: Path) -> None:
-    cfg = composed(["task=toy", f"target.harness={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"neither 'reference' nor a folder with a target_agent"):
+@pytest.mark.parametrize("given", ["llmm", "agents", "agents/notes.txt", "agents/absent.py"])
+def test_what_is_no_harness_is_named_with_those_that_exist(
+    composed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(["task=lawbench", f"target.harness={given}"])
+    with pytest.raises(ConfigError, match=r"harness of task 'lawbench' \(reference"):
         build.check(cfg)
+
+
+@pytest.mark.parametrize("given", ["agents", "agents/other.py"])
+def test_a_harness_may_be_a_folder_or_a_file_seen_from_here(
+    composed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "agents").mkdir()
+    for name in ("target_agent.py", "other.py"):
+        (tmp_path / "agents" / name).write_text("pass\n")
+    monkeypatch.chdir(tmp_path)
+    checked = build.check(composed(["task=toy", f"target.harness={given}"]))
+    assert checked.first_harness == tmp_path / given
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def test_a_task_folder_is_complete_and_named_after_its_task(folder: Path) -> Non
     assert task.name == folder.name
     for name in ("README.md", "controls.py", "harness/harness.yaml", "harness/space.yaml"):
         assert (folder / name).is_file()
+    for harness in task.harnesses.values():
+        assert (harness / "harness.yaml").is_file()
     for baseline in task.facts.baselines.values():
         assert (folder / baseline / "target_agent.py").is_file()
 
@@ -104,6 +106,7 @@ def test_revealed_dev_items_are_in_train(toy: Task, tmp_path: Path) -> None:
         ("direction: maximize", "direction: sideways", "'sideways' is neither"),
         ("version: 1", "version: one", "breaks the task contract"),
         ("name: toy", "nome: toy", "breaks the task contract"),
+        ("version: 1", "version: 1\nharnesses: {llm: nowhere}", "has no nowhere/target_agent.py"),
     ],
 )
 def test_a_wrong_task_file_is_refused(toy: Task, old: str, new: str, message: str) -> None:

@@ -51,6 +51,18 @@ def test_an_edit_is_sealed_with_its_digest_its_diff_and_its_reasons(
         assert part in notes
 
 
+def test_a_single_file_becomes_the_entry_point_of_a_harness(tmp_path: Path) -> None:
+    file = tmp_path / "my_agent.py"
+    file.write_text("print('hello')\n")
+    workspaces = Workspaces(run=tmp_path / "run", first=file)
+    folder = workspaces.open(0, 0, None)
+    assert [path.name for path in folder.iterdir()] == ["target_agent.py"]
+    (folder / "target_agent.py").write_text("print('bye')\n")
+    workspaces.seal(folder, None, PROPOSAL)
+    assert "-print('hello')\n+print('bye')\n" in (folder.parent / "harness.diff").read_text()
+    assert file.read_text() == "print('hello')\n"
+
+
 def test_an_unchanged_harness_has_the_same_digest(workspaces: Workspaces) -> None:
     first = workspaces.seal(workspaces.open(0, 0, None), None, PROPOSAL)
     assert workspaces.seal(workspaces.open(1, 0, candidate(0)), candidate(0), PROPOSAL) == first

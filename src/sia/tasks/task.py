@@ -7,6 +7,7 @@ tasks/<name>/
     verify.py    verify(submission_dir, labels_dir) -> dict
     controls.py  oracle(labels_dir, submission_dir), null(public_dir, submission_dir)
     harness/     the reference target: target_agent.py, harness.yaml, space.yaml
+    harness_*/   further harnesses to start from, named in task.yaml
     baselines/   further harnesses that the exam puts beside the result
     data/        raw/, public/, private/dev/, private/test/: made by DVC, never in git
 """
@@ -91,7 +92,13 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
-    """`task.yaml`, typed."""
+    """`task.yaml`, typed.
+
+    Attributes:
+        harnesses: Name for `target.harness` -> folder, besides `reference`.
+        baselines: Name in the report -> folder of a harness that the exam runs.
+        report: Metric -> header of a further column.
+    """
 
     name: str
     version: int
@@ -103,8 +110,9 @@ class TaskFacts:
     limits: Limits = field(default_factory=Limits)
     controls: dict[str, Any] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    harnesses: dict[str, str] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
-    report: dict[str, str] = field(default_factory=dict)  # metric -> header of a further column
+    report: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +148,12 @@ class Task:
         """The harness a newcomer would write first."""
         return self.root / "harness"
 
+    @property
+    def harnesses(self) -> dict[str, Path]:
+        """All harnesses that a run can start from, by name."""
+        further = {name: self.root / folder for name, folder in self.facts.harnesses.items()}
+        return {"reference": self.reference_harness, **further}
+
     def labels_dir(self, split: str) -> Path:
         """Private labels of `dev` or `test`; for the verifier alone."""
         return self.root / "data" / "private" / split
@@ -169,7 +183,8 @@ def load_task(root: Path) -> Task:
         ) from error
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise TaskError(f"{path} breaks the task contract: {error}") from error
-    for name in ("task.md", "prepare.py", "verify.py", f"harness/{ENTRY_POINT}"):
+    entries = [f"{folder}/{ENTRY_POINT}" for folder in ("harness", *facts.harnesses.values())]
+    for name in ("task.md", "prepare.py", "verify.py", *entries):
         if not (root / name).is_file():
             raise TaskError(f"Task {facts.name!r} in {root} has no {name}. See docs/tasks.md.")
     if facts.metric.direction not in ("maximize", "minimize"):
