@@ -47,7 +47,8 @@ def test_the_wheel_holds_every_package_and_every_option(tmp_path: Path) -> None:
         f"sia/{p.relative_to(ROOT / 'src' / 'sia')}" for p in (ROOT / "src" / "sia").rglob("*.py")
     }
     options = {f"sia/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")}
-    assert (code | options | {"sia/py.typed"}) - held == set()
+    template = {f"sia/tasks/llm_harness/{name}.yaml" for name in ("harness", "space")}
+    assert (code | options | template | {"sia/py.typed"}) - held == set()
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)

@@ -133,7 +133,7 @@ def test_what_is_no_harness_is_named_with_those_that_exist(
     (tmp_path / "agents" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
     cfg = composed(["task=lawbench", f"target.harness={given}"])
-    with pytest.raises(ConfigError, match=r"harness of task 'lawbench' \(reference"):
+    with pytest.raises(ConfigError, match=r"harness of task 'lawbench' \(reference, llm\)"):
         build.check(cfg)
 
 
