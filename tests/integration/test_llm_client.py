@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -251,3 +252,27 @@ def test_a_program_without_a_model_says_what_is_missing(
     monkeypatch.delenv("SIA_MODEL", raising=False)
     with pytest.raises(client.NoModel, match="OPENAI_BASE_URL and SIA_MODEL not set"):
         client.Model(**SETTINGS)
+
+
+def test_gpqa_reads_the_probabilities_of_the_letters(serve: Callable, tmp_path: Path) -> None:
+    def answer(number: int, body: dict[str, Any]) -> Answer:
+        tops = [
+            {"token": token, "logprob": p} for token, p in (("B", -1.0), (" C", -1.2), ("C", -2))
+        ]
+        return said("B", logprobs={"content": [{"token": "B", "top_logprobs": tops}]})
+
+    serve(answer)
+    header = "id,domain,subdomain,question,A,B,C,D"
+    (tmp_path / "train.csv").write_text(f"{header},label\n")
+    (tmp_path / "items.csv").write_text(f"{header}\nx,Physics,Optics,Why?,1,2,3,4\n")
+    folder = TEMPLATE.parents[3] / "tasks" / "gpqa" / "harness_llm"
+    for file in folder.iterdir():
+        if file.is_file():
+            text = file.read_text().replace("ask: reason", "ask: likelihood")
+            (tmp_path / file.name).write_text(text)
+    subprocess.run(
+        [sys.executable, str(tmp_path / "target_agent.py"), "--dataset_dir", str(tmp_path),
+         "--working_dir", str(tmp_path)],
+        check=True, timeout=60,
+    )  # fmt: skip
+    assert (tmp_path / "submission.csv").read_text() == "id,answer\nx,C\n"

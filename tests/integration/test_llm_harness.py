@@ -63,12 +63,14 @@ class Try:
         rules: Sequence[dict[str, Any]],
         *,
         dies_after: int = 0,
+        top: dict[str, object] | None = None,
         **settings: object,
     ) -> Attempt:
         copy = self.root / "harness"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(harness, copy, ignore=shutil.ignore_patterns("__pycache__"))
         config = yaml.safe_load((copy / "harness.yaml").read_text())
+        config |= top or {}
         config["model"] |= {"concurrency": 3, "retries": 1} | settings
         (copy / "harness.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
         socket = self.root / "gateway.sock"
@@ -246,6 +248,59 @@ def test_the_template_answers_a_task_of_labels(trial: Try, tmp_path: Path) -> No
     ]
     assert trial.run("toy", TEMPLATE, data, rules).outcome is Outcome.OK
     assert trial.answers == {"x": "yes", "y": ""}
+
+
+@pytest.fixture
+def gpqa(trial: Try, tmp_path: Path) -> Callable[..., Attempt]:
+    """Six questions whose right option is called so, under the letter of the item's name."""
+    data, columns = tmp_path / "public", ["id", "domain", "subdomain", "question", *"ABCD"]
+    rows = [
+        [f"{letter}{k}", "Physics", "Optics", f"Is it so, {k}?",
+         *("the right one" if name == letter else f"wrong {name}" for name in "ABCD")]
+        for k, letter in enumerate("ABCDAB")
+    ]  # fmt: skip
+    write(data / "items.csv", columns, rows)
+    write(data / "train.csv", [*columns, "label"], [["t", "Physics", "Optics", "Q", *"wxyz", "C"]])
+    folder = ROOT / "tasks" / "gpqa" / "harness_llm"
+    return lambda rules, **more: trial.run("gpqa", folder, data, rules, **more)
+
+
+RIGHT = [{"when": {"last": r"([ABCD])\) the right one"}, "say": "Clearly.\nAnswer: <<1>>"}]
+
+
+def test_gpqa_is_answered_by_letter_and_unclear_replies_abstain(
+    trial: Try, gpqa: Callable[..., Attempt]
+) -> None:
+    unclear = ["I cannot tell", "Answer: AB", "Answer: none"]
+    rules = [{"when": {"last": f"so, {k}"}, "say": say} for k, say in enumerate(unclear)]
+    assert gpqa([*rules, *RIGHT], top={"shots": 1}).outcome is Outcome.OK
+    assert trial.answers == {"A0": "", "B1": "", "C2": "", "D3": "D", "A4": "A", "B5": "B"}
+    assert "6 items: 3 answered, 3 abstained; 0 of 6 calls failed" in trial.stderr
+    shown = [message["content"] for message in trial.trajectory("D3")]
+    assert shown[2] == "Answer: C"  # the labelled example
+    assert shown[-1] == "votes: D; answer: D"
+
+
+def test_gpqa_votes_see_the_options_in_other_orders(
+    trial: Try, gpqa: Callable[..., Attempt]
+) -> None:
+    # A model that always says A has a vote for each option and a majority for none but the first.
+    assert gpqa([{"say": "Answer: A"}], top={"votes": 4}).outcome is Outcome.OK
+    assert trial.trajectory("C2")[-1]["content"] == "votes: A D C B; answer: A"
+    assert len(trial.seen) == 24
+    assert gpqa([{"fault": "status", "when": {"times": 2}}, *RIGHT], top={"votes": 3}, retries=0)
+    assert trial.answers == {item: item[0] for item in trial.answers}
+    assert "6 answered, 0 abstained; 2 of 18 calls failed" in trial.stderr
+
+
+def test_gpqa_likelihood_falls_back_on_the_letter_that_is_replied(
+    trial: Try, gpqa: Callable[..., Attempt]
+) -> None:
+    rules = [{"when": RIGHT[0]["when"], "say": "<<1>>"}]
+    assert gpqa(rules, top={"ask": "likelihood"}).outcome is Outcome.OK
+    assert trial.answers == {item: item[0] for item in trial.answers}
+    asked = trial.seen[0].body
+    assert (asked["max_tokens"], asked["logprobs"], asked["top_logprobs"]) == (1, True, 20)
 
 
 def test_a_target_without_a_model_says_so(tmp_path: Path, cases: Path) -> None:
