@@ -21,7 +21,10 @@ GROUPS = (
     "experiment", "debug", "sweep",
 )  # fmt: skip
 # What an option cannot do without, and where it cannot be built on every machine.
-NEEDS = {"meta=replay": ["meta.run=RECORDED"]}
+NEEDS = {
+    "meta=replay": ["meta.run=RECORDED"],
+    "target=llm": ["target.model=x", "provider=ollama"],
+}
 MACHINE = {"sandbox=docker", "sandbox=bwrap"}
 
 
