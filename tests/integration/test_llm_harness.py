@@ -1,4 +1,7 @@
-"""Language-model harnesses in real sandboxes, against an endpoint that follows a script."""
+"""Language-model harnesses in real sandboxes, against an endpoint that follows a script.
+
+Mostly without the gateway, which would hide the endpoint's faults from them.
+"""
 
 import contextlib
 import csv
@@ -16,8 +19,8 @@ import pytest
 import yaml
 from hostile.stage import SANDBOXES, why_not
 
-from sia.gateway import scripted
-from sia.gateway.protocol import Role
+from sia.errors import BudgetExceeded
+from sia.gateway import Budget, Gateway, ModelGateway, Provider, Role, Route, scripted
 from sia.records import Attempt, Outcome
 from sia.sandbox import Endpoint, Environments, Limits
 from sia.target import HarnessRunner
@@ -63,6 +66,7 @@ class Try:
         rules: Sequence[dict[str, Any]],
         *,
         dies_after: int = 0,
+        budget: Budget | None = None,
         top: dict[str, object] | None = None,
         **settings: object,
     ) -> Attempt:
@@ -80,13 +84,23 @@ class Try:
             self.seen = server.seen
             port = int(server.url.rsplit(":", 1)[1])
             endpoint = Endpoint(socket=socket, port=port, key="k", model="scripted-1")
+            gateway: Gateway = OneEndpoint(endpoint)
+            if budget is not None:
+                provider = Provider(name="scripted", base_url=f"{server.url}/v1")
+                gateway = stack.enter_context(
+                    ModelGateway(
+                        store=self.root / "gateway.sqlite",
+                        routes={Role.TARGET: Route(provider=provider, model="scripted-1")},
+                        budget=budget,
+                    )
+                )
             runner = HarnessRunner(
                 sandbox=self.sandbox,
                 environments=Environments(self.root / "environments"),
                 task=load_task(ROOT / "tasks" / task),
                 limits=Limits(memory_mib=4096),
                 data=data,
-                gateway=OneEndpoint(endpoint),
+                gateway=gateway,
             )
             if dies_after:
                 stack.callback(threading.Thread.join, self._end(stack.pop_all(), dies_after))
@@ -227,6 +241,18 @@ def test_a_refused_budget_ends_the_attempt(trial: Try, lawbench: Callable[..., A
     assert (attempt.outcome, attempt.exit_code) == (Outcome.CRASHED, 1)
     assert attempt.reason == "exit code 1: the script answers with 402"
     assert len(trial.seen) < 12
+
+
+def test_a_budget_that_is_used_up_ends_the_step(
+    trial: Try, lawbench: Callable[..., Attempt]
+) -> None:
+    assert lawbench(LAWBENCH, budget=Budget()).outcome is Outcome.OK
+    assert trial.answers == {f"i{k}": LABELS[k % 4] for k in range(12)}
+    (trial.root / "gateway.sqlite").unlink()  # it would answer from what it has recorded
+    with pytest.raises(BudgetExceeded, match=r"budget\.requests=5 is used up"):
+        lawbench(LAWBENCH, budget=Budget(requests=5))
+    assert len(trial.seen) == 5
+    assert "budget.requests=5 is used up" in trial.stderr
 
 
 def test_an_endpoint_that_answers_nothing_is_a_crash_with_its_reason(
