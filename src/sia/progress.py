@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sia import spend
+from sia.gateway.protocol import Role, Spend
 from sia.loop import Closed, Event, Proposed, Scored, Started
 from sia.records import Ending, Outcome, Result
 from sia.tasks.task import Metric
@@ -28,7 +30,17 @@ class Clock(Protocol):
 
 
 class Progress:
-    """Shows the events of one run; use as a context manager."""
+    """Shows the events of one run; use as a context manager.
+
+    Args:
+        console: Where; a live view if it is a terminal, plain lines if not.
+        metric: What the scores mean.
+        generations: At most so many.
+        wall_s: The budget; None for no limit.
+        clock: Of the run.
+        spent: What model calls have cost so far, asked several times a second; None without a
+            gateway.
+    """
 
     def __init__(
         self,
@@ -38,12 +50,14 @@ class Progress:
         generations: int,
         wall_s: float | None,
         clock: Clock,
+        spent: Callable[[], Mapping[Role, Spend]] | None = None,
     ) -> None:
         self._console = console
         self._metric = metric
         self._generations = generations
         self._wall_s = wall_s
         self._clock = clock
+        self._spent = spent
         self._rows: list[tuple[str, ...]] = []
         self._now = "starting"
         self._since = time.monotonic()
@@ -88,7 +102,10 @@ class Progress:
                 self._scored(event.result)
             elif isinstance(event, Closed):
                 self._incumbent = event.incumbent
-                self._now = f"generation {event.generation.index} closed, deciding"
+                index = event.generation.index
+                self._now = f"generation {index} closed, deciding"
+                if paid := self._paid():
+                    self._line(f"generation {index}  spent so far {paid}")
             elif isinstance(event, Ending):
                 self._now = f"ended: {event.reason}"
                 self._line(f"ended  {event.detail}")
@@ -115,6 +132,9 @@ class Progress:
             f"{row[1]}  {self._metric.name}/dev={row[3]}  incumbent={row[4]}  {row[5]}  {row[6]}"
         )
 
+    def _paid(self) -> str:
+        return "" if self._spent is None else spend.line(self._spent())
+
     def _line(self, text: str) -> None:
         if self._live is None:
             self._console.print(
@@ -130,11 +150,12 @@ class Progress:
             if self._wall_s is not None:
                 left = f"{max(0.0, self._wall_s - self._clock.elapsed_s):.0f} s left"
             best = self._incumbent.score if self._incumbent else None
+            paid = self._paid()
             status = Text(
                 f"{self._now} ({time.monotonic() - self._since:.0f} s)   "
                 f"elapsed {self._clock.elapsed_s:.0f} s, {left}   "
                 f"best {'-' if best is None else f'{best:.4f}'}   "
-                f"at most {self._generations} generations"
+                f"at most {self._generations} generations" + (f"   {paid}" if paid else "")
             )
             return Group(self._table(self._rows[-SHOWN_GENERATIONS:]), status)
 

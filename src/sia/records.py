@@ -204,6 +204,8 @@ class RunResult:
     Attributes:
         status: `finished`, `interrupted` or `failed`.
         failures: How many candidates ended in each outcome other than `ok`.
+        spend: What model calls have cost: role -> the numbers of `sia.gateway.protocol.Spend`;
+            empty without any.
         tracking: What went wrong in the tracker; empty when nothing did.
     """
 
@@ -214,6 +216,7 @@ class RunResult:
     generations: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    spend: dict[str, dict[str, int | float]] = field(default_factory=dict)
     tracking: str = ""
 
 

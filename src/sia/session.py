@@ -17,7 +17,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from sia import build, loop, provenance, rundir
+from sia import build, loop, provenance, rundir, spend
 from sia.config import Config
 from sia.errors import ConfigError, NoScoredAttempt, SiaError
 from sia.gateway.protocol import Gateway
@@ -123,15 +123,7 @@ def _play(
                 tally.add(event)
         status, reason = "finished", tally.ending.detail if tally.ending else ""
         if tally.incumbent is None:
-            if tally.ending and tally.ending.reason == "budget":
-                raise NoScoredAttempt(
-                    f"The budget ended the run before anything was scored: {reason}. What was paid "
-                    f"for is kept; go on with more: python -m sia resume={run_dir.path} budget...."
-                )
-            raise NoScoredAttempt(
-                f"No attempt was scored in {tally.generations} generations ({tally.counts()}). "
-                f"What the targets printed: {run_dir.path}/gen-*/cand-*/stderr.log"
-            )
+            raise NoScoredAttempt(_nothing_scored(tally, run_dir.path))
     except KeyboardInterrupt:
         status, reason = "interrupted", "Ctrl-C"
     except OSError as problem:
@@ -152,15 +144,31 @@ def _play(
         generations=tally.generations,
         failures=dict(tally.failures),
         elapsed_s=round(run_dir.journal.elapsed_s, 3),
+        spend=spend.as_record(spend.of_run(run_dir.path)),
     )
     try:
         result = _finish(run_dir, result, checked.tracker)
     except SiaError as problem:
         error = error or problem  # a full disk has its message already
+    if result.spend:
+        console.print(spend.table(spend.from_record(result.spend)))
     if error is not None:
         raise error
     _report(console, result, tally, run_dir.path, checked.task.metric.name)
     return result
+
+
+def _nothing_scored(tally: _Tally, path: Path) -> str:
+    if tally.ending and tally.ending.reason == "budget":
+        detail = tally.ending.detail
+        return (
+            f"Nothing was scored before the budget ended: {detail}. What was done is kept; raise "
+            f"it and go on: python -m sia resume={path} {detail.partition('=')[0]}=..."
+        )
+    return (
+        f"No attempt was scored in {tally.generations} generations ({tally.counts()}). "
+        f"What the targets printed: {path}/gen-*/cand-*/stderr.log"
+    )
 
 
 def _finish(run_dir: RunDir, result: RunResult, tracker: Tracker) -> RunResult:
@@ -181,10 +189,14 @@ def _report(console: Console, result: RunResult, tally: _Tally, path: Path, metr
         _say(console, "stopped   everything finished is written")
         _say(console, f"next      go on: python -m sia resume={path}")
         return
+    reason = result.reason
+    if tally.ending and tally.ending.reason == "budget":
+        _say(console, f"stopped   budget: {result.reason}")
+        reason = "budget"
     _say(
         console,
         f"best      {result.best} with {metric}/dev = {result.best_score:.4f} after "
-        f"{result.generations} generations in {result.elapsed_s:.0f} s ({result.reason})",
+        f"{result.generations} generations in {result.elapsed_s:.0f} s ({reason})",
     )
     _say(console, f"next      open the sealed test: python -m sia.exam {path}")
 

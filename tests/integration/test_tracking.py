@@ -38,14 +38,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SCORES = [0.25, 0.5, None, 0.75]
 
 
-@pytest.fixture(scope="session")
-def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    done = cli("init", "--uri", f"sqlite:///{path}")
-    assert done.returncode == 0, done.stderr
-    return path
-
-
 @pytest.fixture(autouse=True)
 def _no_mlflow_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):

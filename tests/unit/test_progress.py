@@ -1,7 +1,9 @@
 import io
+from collections.abc import Callable
 
 from rich.console import Console
 
+from sia.gateway.protocol import Role, Spend
 from sia.loop import Closed, Proposed, Scored, Started
 from sia.progress import Progress
 from sia.records import (
@@ -23,7 +25,7 @@ class Clock:
     elapsed_s = 12.5
 
 
-def play(console: Console) -> None:
+def play(console: Console, *, spent: Callable[[], dict[Role, Spend]] | None = None) -> None:
     candidate = Candidate(
         id="g000-c0",
         generation=0,
@@ -47,7 +49,12 @@ def play(console: Console) -> None:
         index=0, candidates=("g000-c0",), incumbent="g000-c0", best_score=0.75, accepted=True
     )
     view = Progress(
-        console, metric=Metric(name="accuracy"), generations=3, wall_s=60.0, clock=Clock()
+        console,
+        metric=Metric(name="accuracy"),
+        generations=3,
+        wall_s=60.0,
+        clock=Clock(),
+        spent=spent,
     )
     with view:
         decision = Decision(lever=Lever.HARNESS, hypothesis="h")
@@ -67,6 +74,20 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert "accuracy/dev=0.7500  incumbent=-  new best  a=1" in lines[1]
     assert "incumbent=0.7500  failed" in lines[2]
     assert lines[-1].endswith("ended  plateau")
+    assert "spent" not in file.getvalue()
+
+
+def test_what_model_calls_have_cost_runs_along() -> None:
+    def spent() -> dict[Role, Spend]:
+        return {Role.META: Spend(calls=1, input_tokens=1_200, cost_usd=0.25)}
+
+    file = io.StringIO()
+    play(Console(file=file, force_terminal=False), spent=spent)
+    (line,) = [line for line in file.getvalue().splitlines() if "spent" in line]
+    assert line.endswith("generation 0  spent so far $0.2500, 1.2k tokens")
+    file = io.StringIO()
+    play(Console(file=file, force_terminal=True, width=200), spent=spent)
+    assert "$0.2500, 1.2k tokens" in file.getvalue()
 
 
 def test_a_terminal_keeps_the_table_and_a_target_cannot_steer_it() -> None:

@@ -1,11 +1,14 @@
 """Writes a run directory to MLflow. The only module that imports MLflow.
 
     with opened(run, location) as mirror:
-        mirror.update()     writes the generations that the journal has closed since
-        mirror.close()      writes the sealed test and the run's status
+        mirror.update()     writes the generations that the journal has closed since, with the
+                            traces of their model calls
+        mirror.close()      writes the sealed test, calls that no generation was closed for, and
+                            the run's status
 
-MLflow's runs are found by their tags, a generation's run is terminated after all else is written,
-and times come from the journal. So it may stop anywhere, and the next call completes the work.
+MLflow's runs are found by their tags, the ids of traces and spans are functions of what they show,
+a generation's run is terminated after all else is written, and times come from the journal. So it
+may stop anywhere, and the next call completes the work.
 """
 
 import fcntl
@@ -37,20 +40,27 @@ from mlflow.entities import (
     Param,
     Run,
     RunStatus,
+    Span,
+    TraceInfo,
+    TraceLocation,
+    TraceState,
 )
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracing.client import TracingClient
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sia.rundir import LOCK_FILE, RUN_FILE, read_result
+from sia.tracking.calls import CallsView, ScopeCalls
 from sia.tracking.location import Location, TrackingError, first_line
 from sia.tracking.view import GenerationView, ParentView, RunView
 
 INIT_TIMEOUT_S = 120.0  # a new database takes about 5 s
 MIRROR_TIMEOUT_S = 5.0  # for the follower of an earlier session to end
 BATCH = 20  # generations whose parent metrics are written together
+SOURCE_RUN = "mlflow.sourceRun"
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
@@ -61,6 +71,8 @@ class Mirror:
         """Finds what MLflow holds of this run, or creates its parent run."""
         self._view = view
         self._client = MlflowClient(tracking_uri=location.uri)
+        # The fluent API draws ids of its own; with ours a trace that is written again is the same.
+        self._tracing = TracingClient(tracking_uri=location.uri)
         parent = view.parent()
         self._experiment = _experiment(self._client, parent.experiment, location)
         runs = self._search()
@@ -73,6 +85,11 @@ class Mirror:
         for run in runs:
             if run.data.tags.get("mlflow.parentRunId") == self._parent_id:
                 self._children[int(run.data.tags["sia.generation"])] = run
+        self._run_ids = {index: str(run.info.run_id) for index, run in self._children.items()}
+        self._calls = CallsView(view.path, view.info.run_id)
+        self._calls.read()
+        self._traced = self._known_traces() if self._calls.scopes() else {}
+        self._paid = dict(self._parent.data.metrics)
         self._done = {
             index
             for index, run in self._children.items()
@@ -88,13 +105,17 @@ class Mirror:
         written = 0
         closed = self._view.closed(self._done)
         while batch := list(islice(closed, BATCH)):
+            self._calls.read()  # after the journal: calls are recorded before their step ends
+            totals = []
             for generation in batch:
                 self._write(generation)
-            totals = [
-                Metric(name, value, generation.ended_ms, generation.index)
-                for generation in batch
-                for name, value in generation.totals.items()
-            ]
+                self._write_traces(generation.index)
+                paid = self._calls.totals(generation.index)
+                self._paid |= paid
+                totals += [
+                    Metric(name, value, generation.ended_ms, generation.index)
+                    for name, value in {**generation.totals, **paid}.items()
+                ]
             self._client.log_batch(self._parent_id, metrics=totals)
             for generation in batch:
                 status = "FAILED" if generation.failed else "FINISHED"
@@ -109,7 +130,7 @@ class Mirror:
         self._set_status("RUNNING")
 
     def close(self, *, ended: bool) -> None:
-        """Writes the sealed test and the run's status.
+        """Writes the sealed test, calls that are left, and the run's status.
 
         Args:
             ended: The process of the run is known to be gone, or about to go.
@@ -120,6 +141,7 @@ class Mirror:
             moment = self._view.ended_ms
             metrics = [Metric(name, value, moment, 0) for name, value in exam.items()]
             self._client.log_batch(self._parent_id, metrics=metrics)
+        self._write_left_calls()
         result = read_result(self._view.path)
         if result is not None:
             self._set_status(STATUS[result.status])
@@ -161,16 +183,84 @@ class Mirror:
                 self._experiment, generation.started_ms, tags, generation.name
             )
             self._children[generation.index] = run
+            self._run_ids[generation.index] = str(run.info.run_id)
         self._write_files(run, generation.files)
         self._write_dataset(run)
         self._client.log_batch(
             run.info.run_id,
             metrics=[
                 Metric(name, value, generation.ended_ms, generation.index)
-                for name, value in generation.metrics.items()
+                for name, value in {
+                    **generation.metrics,
+                    **self._calls.metrics(generation.index),
+                }.items()
             ],
             params=[Param(name, value) for name, value in generation.params.items()],
         )
+
+    def _known_traces(self) -> dict[str, tuple[str, str]]:
+        """Scope -> calls in its trace, and the MLflow run that it belongs to."""
+        known: dict[str, tuple[str, str]] = {}
+        token = None
+        while True:
+            page = self._client.search_traces(
+                locations=[self._experiment],
+                filter_string=f"tags.`sia.run_id` = '{self._view.info.run_id}'",
+                max_results=500,
+                include_spans=False,
+                page_token=token,
+            )
+            for trace in page:
+                tags, metadata = trace.info.tags, trace.info.trace_metadata
+                known[tags["sia.scope"]] = tags["sia.calls"], metadata[SOURCE_RUN]
+            token = page.token
+            if not token:
+                return known
+
+    def _write_traces(self, generation: int) -> None:
+        for one in self._calls.scopes():
+            if one.generation == generation:
+                self._write_trace(one, self._run_ids[generation])
+
+    def _write_trace(self, one: ScopeCalls, run_id: str) -> None:
+        """Writes a trace unless MLflow holds it with all its calls."""
+        state = str(one.calls), run_id
+        if self._traced.get(one.scope) == state:
+            return
+        view = self._calls.trace(one)
+        self._tracing.log_spans(self._experiment, [Span.from_dict(span) for span in view.spans])
+        # The tag that counts the calls comes last: without it the spans are written again.
+        self._tracing.start_trace(
+            TraceInfo(
+                trace_id=view.trace_id,
+                trace_location=TraceLocation.from_experiment_id(self._experiment),
+                request_time=view.started_ms,
+                execution_duration=view.duration_ms,
+                state=TraceState.ERROR if view.failed else TraceState.OK,
+                request_preview=view.prompt,
+                response_preview=view.reply,
+                trace_metadata={**view.metadata, SOURCE_RUN: run_id},
+                tags={**view.tags, "mlflow.traceName": one.scope},
+            )
+        )
+        self._traced[one.scope] = state
+
+    def _write_left_calls(self) -> None:
+        """Calls of no closed generation, and those that were recorded after theirs was written."""
+        self._calls.read()
+        scopes = self._calls.scopes()
+        if not scopes:
+            return
+        for one in scopes:
+            run_id = self._run_ids.get(-1 if one.generation is None else one.generation)
+            self._write_trace(one, run_id or self._parent_id)
+        paid = {name: v for name, v in self._calls.totals().items() if self._paid.get(name) != v}
+        if paid:
+            step = max((one.generation for one in scopes if one.generation is not None), default=0)
+            moment = self._view.ended_ms
+            metrics = [Metric(name, value, moment, step) for name, value in paid.items()]
+            self._client.log_batch(self._parent_id, metrics=metrics)
+            self._paid |= paid
 
     def _write_dataset(self, run: Run) -> None:
         name, digest = self._view.dataset
