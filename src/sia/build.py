@@ -1,6 +1,6 @@
 """From a configuration to the parts of a run: the only caller of `hydra.utils.instantiate`."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 
 from sia import loop
 from sia.config import Config, ProviderConfig
-from sia.errors import ConfigError, SiaError
+from sia.errors import ConfigError, MetaBackendError, SiaError
 from sia.gateway.protocol import Gateway, Role
 from sia.meta import MetaBackend
 from sia.meta.agents import Agent
 from sia.records import Lever
 from sia.rundir import RunDir
 from sia.sandbox import Environments, Limits, Sandbox
+from sia.sandbox.environments import holds
 from sia.target import HarnessRunner
 from sia.tasks import Task, find_task_dir, load_task
 from sia.tasks.task import ENTRY_POINT
@@ -43,6 +44,23 @@ class Checked:
     search: Any
     feedback: Any
 
+    def check_machine(self) -> None:
+        """Whether targets, and the agent where there is one, can be started on this machine.
+
+        Raises:
+            TargetError: The sandbox does not work, or the data cannot be shown in it.
+            MetaBackendError: The agent's interpreter lacks its SDK, or has the task's answers.
+        """
+        self.target.check()
+        if not isinstance(self.meta, Agent):
+            return
+        self.sandbox.check()
+        if name := holds(self.meta.runtime(), self.task.source_packages):
+            raise MetaBackendError(
+                f"The package {name!r} is installed where meta={self.meta.name} can read it, and "
+                f"it holds the answers of the task. Remove it: pip uninstall {name}"
+            )
+
 
 def check(cfg: Config) -> Checked:
     """Builds and validates all parts that need no run directory.
@@ -62,13 +80,20 @@ def check(cfg: Config) -> Checked:
         cast(Any, cfg.sandbox), [key for key in cast(Any, cfg.sandbox) if key != "limits"]
     )
     sandbox = part(sandbox_node, cfg.trusted_packages)
+    meta = part(cfg.meta, cfg.trusted_packages)
+    if isinstance(meta, Agent) and meta.format not in cfg.provider.formats:
+        raise ConfigError(
+            f"meta={meta.name} speaks the format {meta.format!r}, and provider "
+            f"{cfg.provider.name!r} only {', '.join(cfg.provider.formats)}. Choose another "
+            "provider=..., or another meta=..."
+        )
     return Checked(
         task=task,
         first_harness=_harness(cfg, task),
         sandbox=sandbox,
         target=target(cfg, task, sandbox),
         tracker=part(cfg.tracking, cfg.trusted_packages),
-        meta=part(cfg.meta, cfg.trusted_packages),
+        meta=meta,
         search=part(cfg.search, cfg.trusted_packages),
         feedback=part(cfg.feedback, cfg.trusted_packages),
     )
@@ -92,21 +117,25 @@ def target(
         gateway: Where those that were given a model find it.
     """
     cache = Path(cfg.target.environments).expanduser() if cfg.target.environments else None
-    limits = cfg.sandbox.limits
     return HarnessRunner(
         sandbox=sandbox,
         environments=Environments(cache),
         task=task,
-        limits=Limits(
-            memory_mib=limits.memory_mib or task.facts.limits.memory_mib,
-            processes=limits.processes,
-            file_mib=limits.file_mib,
-            disk_mib=limits.disk_mib,
-            output_kib=limits.output_kib,
-            threads=cfg.target.threads,
-        ),
+        limits=_attempt_limits(cfg, task),
         data=data,
         gateway=gateway if cfg.target.model else None,
+    )
+
+
+def _attempt_limits(cfg: Config, task: Task) -> Limits:
+    limits = cfg.sandbox.limits
+    return Limits(
+        memory_mib=limits.memory_mib or task.facts.limits.memory_mib,
+        processes=limits.processes,
+        file_mib=limits.file_mib,
+        disk_mib=limits.disk_mib,
+        output_kib=limits.output_kib,
+        threads=cfg.target.threads,
     )
 
 
@@ -182,7 +211,20 @@ def _meta(cfg: Config, checked: Checked, run: Path, gateway: Gateway | None) -> 
     if not isinstance(checked.meta, Agent):
         return cast(MetaBackend, checked.meta)
     assert gateway is not None  # an agent has a model
-    raise NotImplementedError
+    from sia.meta.agent import AgentBackend
+    from sia.meta.session import Sessions
+
+    task = checked.task
+    return AgentBackend(
+        sessions=Sessions(
+            agent=checked.meta, sandbox=checked.sandbox, gateway=gateway, data=task.public_dir
+        ),
+        task=task,
+        run=run,
+        attempt_s=limits(cfg, task).attempt_s,
+        limits=_attempt_limits(cfg, task),
+        target_model=cfg.target.model is not None,
+    )
 
 
 def parts(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None = None) -> loop.Parts:
@@ -238,7 +280,7 @@ def part(node: Any, trusted: Sequence[str]) -> Any:
 
 def _faults(cfg: Config) -> list[str]:
     """Every value that is out of range, one line each."""
-    wrong = []
+    wrong = list(_provider_faults(cfg))
     for name, value in (
         ("generations", cfg.generations),
         ("workers", cfg.workers),
@@ -255,6 +297,18 @@ def _faults(cfg: Config) -> list[str]:
         if seconds is not None and seconds <= 0:
             wrong.append(f"{name}={seconds:g} must be more than 0 seconds, or null.")
     return wrong
+
+
+def _provider_faults(cfg: Config) -> Iterator[str]:
+    """Models without somebody who answers for them."""
+    asked = {"meta": getattr(cfg.meta, "model", None), "target": cfg.target.model}
+    for who, model in asked.items():
+        provider = cfg.target.provider if who == "target" and cfg.target.provider else cfg.provider
+        if model is not None and not provider.formats:
+            yield (
+                f"{who}.model={model!r} needs a provider, and provider={provider.name!r} answers "
+                "nothing. Choose one: provider=anthropic, provider=ollama (local, no key), ..."
+            )
 
 
 def _harness(cfg: Config, task: Task) -> Path:

@@ -54,7 +54,7 @@ def run(
     cfg = cast(Config, node)
     checked = build.check(cfg)
     data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
-    checked.target.check()
+    checked.check_machine()
     gateway = build.gateway(cfg, path)
     text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
     if resumed:
@@ -111,6 +111,7 @@ def _play(
         generations=cfg.generations,
         wall_s=cfg.budget.wall_s,
         clock=run_dir.journal,
+        spent=gateway.spend if gateway else None,
     )
     tally = _Tally()
     status, reason = "failed", ""

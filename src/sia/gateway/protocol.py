@@ -75,3 +75,7 @@ class Gateway(Protocol):
                 step that is done again is answered from what it recorded before.
         """
         ...
+
+    def spend(self) -> dict[Role, Spend]:
+        """What each role has spent so far, earlier sessions of the run included."""
+        ...

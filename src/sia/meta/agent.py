@@ -24,7 +24,6 @@ from sia.meta.session import MAX_FILES, MAX_MIB, SessionEnd, Sessions, skipped
 from sia.records import Candidate, Decision, Lever, Proposal
 from sia.rundir import candidate_dir, write_atomic
 from sia.sandbox.collect import collect_tree
-from sia.sandbox.environments import holds
 from sia.sandbox.protocol import Limits
 from sia.sandbox.staging import remove
 from sia.tasks.harness import check_harness
@@ -73,19 +72,6 @@ class AgentBackend:
         self._attempt_s = attempt_s
         self._limits = limits
         self._target_model = target_model
-
-    def check(self) -> None:
-        """Whether sessions can be started, found out without asking a model.
-
-        Raises:
-            MetaBackendError: The agent's interpreter lacks its SDK, or has the task's answers.
-        """
-        agent = self._sessions.agent
-        if name := holds(agent.runtime(), self._task.source_packages):
-            raise MetaBackendError(
-                f"The package {name!r} is installed where meta={agent.name} can read it, and it "
-                f"holds the answers of the task. Remove it: pip uninstall {name}"
-            )
 
     def cancel(self) -> None:
         """Makes every session, in progress or to come, kill its processes and raise."""

@@ -42,6 +42,7 @@ class Agent:
     """
 
     name: ClassVar[str]
+    format: ClassVar[str]  # that its provider must speak
     package: ClassVar[str]  # what the interpreter must be able to import
     install: ClassVar[str]
     limits: ClassVar[Limits] = LIMITS
@@ -112,6 +113,7 @@ class Claude(Agent):
     """Claude Agent SDK; speaks the Anthropic format."""
 
     name = "claude"
+    format = "messages"
     package = "claude_agent_sdk"
     install = "Install it: pip install 'sia-framework[claude]'"
 
@@ -120,6 +122,7 @@ class OpenHands(Agent):
     """OpenHands SDK; needs Python 3.12 or newer and, beside SIA, an interpreter of its own."""
 
     name = "openhands"
+    format = "chat"
     package = "openhands.sdk"
     install = (
         "Give it an environment of its own: scripts/openhands, then "
@@ -131,5 +134,6 @@ class PydanticAI(Agent):
     """Pydantic AI with tools for files and a shell; speaks the OpenAI chat format."""
 
     name = "pydantic_ai"
+    format = "chat"
     package = "pydantic_ai"
     install = "Install it: pip install 'sia-framework[pydantic-ai]'"
