@@ -167,3 +167,14 @@ def test_a_default_is_the_same_in_the_schema_and_in_the_part(schema: type) -> No
         value = getattr(made, field.name)
         if default is not inspect.Parameter.empty and value != MISSING:
             assert value == default, f"{schema.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize("agent", ["claude", "openhands", "pydantic_ai"])
+def test_an_agent_comes_with_a_provider_that_knows_the_price_of_its_model(
+    agent: str, composed: Callable
+) -> None:
+    """Without one, budget.usd=... could not be kept."""
+    cfg = composed([f"meta={agent}"])
+    route = build._route(cfg.provider, cfg.meta.model)
+    assert route.provider.price(route.provider.resolve(route.model)) is not None
+    assert composed([f"meta={agent}", "provider=scripted"]).provider.name == "scripted"
