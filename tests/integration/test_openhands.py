@@ -1,20 +1,17 @@
 """OpenHands, the real one, against an endpoint that follows a script, in real sandboxes."""
 
-import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from hostile.stage import SANDBOXES, why_not
 
+from openhands_interpreter import openhands_python
 from sia.errors import MetaBackendError
 from sia.gateway.scripted import Scripted, serving
 from sia.meta.agents import OpenHands
@@ -22,35 +19,8 @@ from sia.records import Outcome
 from sia.sandbox import Endpoint, Job, Limits, Sandbox
 from sia.sandbox.execution import Cancel, execute
 
-ROOT = Path(__file__).resolve().parents[2]
-CONSTRAINTS = ROOT / "constraints-openhands.txt"
 KEY = "sia-throw-away"
 LIMITS = Limits(memory_mib=1024, processes=64, output_kib=64)
-BUILD_S = 900
-
-
-@functools.cache
-def openhands_python() -> str:
-    """An interpreter with OpenHands: one that is named, the checkout's, or one built once."""
-    if named := os.environ.get("SIA_OPENHANDS_PYTHON"):
-        return named
-    if (ours := ROOT / ".venv-openhands/bin/python").exists():
-        return str(ours)
-    build = ROOT / "scripts/openhands"
-    digest = sha256(CONSTRAINTS.read_bytes() + build.read_bytes()).hexdigest()[:16]
-    cache = Path(f"~/.cache/sia/test-openhands-{digest}").expanduser()
-    (cache / "scripts").mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "lock", timeout=BUILD_S):
-        shutil.copy(CONSTRAINTS, cache)
-        shutil.copy(build, cache / "scripts")
-        done = subprocess.run(
-            ["scripts/openhands"], cwd=cache, capture_output=True, text=True, timeout=BUILD_S,
-            check=False,
-        )  # fmt: skip
-    if "needs Python 3.12" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    return str(cache / ".venv-openhands/bin/python")
 
 
 @dataclass(frozen=True)
