@@ -28,6 +28,9 @@ def main() -> None:
 
         print(help.text())
         return
+    if "--dry-run" in argv:
+        _dry_run(argv)
+        return
     # Hydra would shorten the traceback and exit with 1 whatever happened; this hands errors to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
@@ -68,6 +71,17 @@ def main() -> None:
         if error.errno not in (*DISK_ERRORS, errno.EACCES) or error.filename is None:
             raise
         _fail(str(write_error(Path(error.filename), error)), 2)
+
+
+def _dry_run(argv: list[str]) -> None:
+    from rich.console import Console
+
+    from sia.estimate import dry_run
+
+    try:
+        dry_run(argv, Console())
+    except SiaError as error:
+        _fail(str(error), error.exit_code)
 
 
 def _job(cfg: "DictConfig") -> float | None:

@@ -11,6 +11,10 @@ Examples:
   python -m sia debug=fast                           the whole loop in seconds
   python -m sia -m sweep=seeds search=keep_best,chain   a grid: six runs
 
+Before a run that costs money:
+  python -m sia.doctor meta=claude                   keys, endpoints, sandbox, data: all there?
+  python -m sia meta=claude --dry-run                the plan, and what it may cost
+
 After a run:
   python -m sia.exam runs/...                        open the sealed test, once
   python -m sia.tracking ui                          compare runs in the MLflow UI

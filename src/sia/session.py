@@ -20,13 +20,14 @@ from rich.console import Console
 from sia import build, loop, provenance, rundir, spend
 from sia.config import Config
 from sia.errors import ConfigError, NoScoredAttempt, SiaError
-from sia.gateway.protocol import Gateway
+from sia.gateway.protocol import Gateway, Role, Spend
 from sia.progress import Progress
 from sia.records import Ending, Outcome, Result, RunResult
 from sia.rundir import CONFIG_FILE, RunDir, RunInfo
 from sia.tasks import data
 from sia.tracking import Tracker
 
+WIDTH = 200  # of the table of spending; a narrow terminal breaks its lines, not its numbers
 # What may differ between a run and its continuation: how far it goes, not what it is.
 EXTENDABLE = ("generations", "workers", "budget", "tracking", "resume")
 
@@ -137,6 +138,11 @@ def _play(
     if error is not None:
         status, reason = "failed", str(error) or type(error).__name__
     best = tally.incumbent
+    paid: Mapping[Role, Spend] = {}
+    try:
+        paid = spend.of_run(run_dir.path)
+    except SiaError as problem:
+        error = error or problem
     result = RunResult(
         status=status,
         reason=reason,
@@ -145,14 +151,14 @@ def _play(
         generations=tally.generations,
         failures=dict(tally.failures),
         elapsed_s=round(run_dir.journal.elapsed_s, 3),
-        spend=spend.as_record(spend.of_run(run_dir.path)),
+        spend=spend.as_record(paid),
     )
     try:
         result = _finish(run_dir, result, checked.tracker)
     except SiaError as problem:
         error = error or problem  # a full disk has its message already
-    if result.spend:
-        console.print(spend.table(spend.from_record(result.spend)))
+    if paid:
+        Console(file=console.file, width=WIDTH).print(spend.table(paid))
     if error is not None:
         raise error
     _report(console, result, tally, run_dir.path, checked.task.metric.name)

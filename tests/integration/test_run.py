@@ -248,6 +248,7 @@ def test_a_time_budget_ends_the_run_cleanly(sia: Sia, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "run")
     assert "budget.wall_s=2" in found.reason
+    assert "stopped   budget: budget.wall_s=2 is used up" in done.stdout
     assert 1 <= found.generations < 500
     assert outcomes(tmp_path / "run").count(Outcome.TIMEOUT) == 0
     assert sia("resume=run").returncode == 0
@@ -369,3 +370,42 @@ class TestSmallDisk:
         assert done.returncode == 2, (done.stdout, done.stderr)
         assert "Read-only file system" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_model_calls_have_cost_is_shown_and_kept(sia: Sia, tmp_path: Path) -> None:
+    from sia.gateway.protocol import Role
+    from sia.gateway.store import STORE_FILE, Exchange, Store
+
+    store = Store(tmp_path / "run" / STORE_FILE, mode="record", now=0.0)
+    store.add(
+        Exchange(
+            id=0, session=store.session, scope="g000-c0/target", role=Role.TARGET, format="chat",
+            provider="p", requested_model="m", model="m", served_model="m", key="k", exact="e",
+            occurrence=0, stream=False, status=200, headers={}, finish="stop", failure="",
+            source="", input_tokens=1_200, cached_tokens=0, cache_write_tokens=0,
+            output_tokens=34, estimated=False, counted=True, cost_usd=0.25, attempts=1,
+            started_at=0.0, wall_s=1.0, request_zlib=None, body_zlib=None,
+        )
+    )  # fmt: skip
+    store.close()
+    done = sia(*QUICK, "generations=1", "meta=scripted")
+    assert done.returncode == 0, done.stderr
+    (row,) = [line.split() for line in done.stdout.splitlines() if line.startswith("target")]
+    assert row == ["target", "1", "0", "0", "1,200", "0", "34", "$0.2500"]
+    assert result(tmp_path / "run").spend["target"]["output_tokens"] == 34
+
+
+def test_a_run_without_model_calls_says_nothing_of_them(sia: Sia, tmp_path: Path) -> None:
+    done = sia(*QUICK, "generations=1", "meta=scripted")
+    assert "model calls" not in done.stdout
+    assert result(tmp_path / "run").spend == {}
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(sia: Sia, tmp_path: Path) -> None:
+    done = sia(*QUICK, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "nothing was run" in done.stdout
+    assert not list(tmp_path.iterdir())
+    wrong = sia("task=toyy", "--dry-run")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "Did you mean 'toy'?" in wrong.stderr

@@ -1,4 +1,4 @@
-"""`python -m sia.tracking`: make the database, mirror runs, follow a run, open the UI."""
+"""`python -m sia.tracking`: make or check the database, mirror runs, follow a run, open the UI."""
 
 import argparse
 import gc
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         location = locate(uri=options.uri, artifacts=options.artifacts)
         if options.command == "init":
             return _init(location)
+        if options.command == "check":
+            return _check(location)
         if options.command == "sync":
             return _sync(options.runs, location)
         if options.command == "follow":
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sia.tracking", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("init", parents=[where], help="create the database; do it once")
+    commands.add_parser("check", parents=[where], help="say whether it can be used; makes nothing")
     sync = commands.add_parser("sync", parents=[where], help="write what is missing of runs")
     sync.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or a folder of them"
@@ -72,6 +75,16 @@ def _init(location: Location) -> int:
     with mlflow.reported(location):
         mlflow.create_database(location)
     print(location.database)
+    return 0
+
+
+def _check(location: Location) -> int:
+    if location.database is not None and not location.database.exists():
+        print(f"{location.database} is made by the first run")
+        return 0
+    mlflow = _mlflow()
+    with mlflow.reported(location), mlflow.connected(location):
+        print(f"{location} holds {mlflow.count_experiments(location)} experiments")
     return 0
 
 

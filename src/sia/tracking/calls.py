@@ -108,11 +108,11 @@ class CallsView:
 
     def trace(self, one: ScopeCalls) -> TraceView:
         """The trace of a scope; a function of what is recorded, ids included."""
-        shown = list(islice(self._of(one.scope, one.first), MAX_SPANS))
+        shown = list(islice(self._of(one, one.first), MAX_SPANS))
         told = [_told(each) for each in shown]
         last = told[-1]
         if one.last != shown[-1].id:
-            (end,) = islice(self._of(one.scope, one.last), 1)
+            (end,) = islice(self._of(one, one.last), 1)
             last = _told(end)
         trace_id = _digest(self._run_id, one.scope)[:32]
         root = trace_id[:16]
@@ -169,10 +169,12 @@ class CallsView:
             duration_ms=round(1000 * (one.ended - one.started)),
         )
 
-    def _of(self, scope: str, first: int) -> Iterator[Exchange]:
-        """The exchanges of one scope from the id `first` on."""
+    def _of(self, one: ScopeCalls, first: int) -> Iterator[Exchange]:
+        """The exchanges of a scope from the id `first` on; repeats are left out."""
         for exchange in read_exchanges(self._path, first - 1):
-            if exchange.scope == scope and exchange.counted and not _is_repeat(exchange):
+            if exchange.id > one.last:
+                return
+            if exchange.scope == one.scope and exchange.counted and not _is_repeat(exchange):
                 yield exchange
 
 

@@ -338,6 +338,11 @@ def connected(location: Location) -> Iterator[None]:
             engine.dispose()
 
 
+def count_experiments(location: Location) -> int:
+    """How many experiments MLflow finds; 1,000 stand for more. A question that any fault breaks."""
+    return len(MlflowClient(tracking_uri=location.uri).search_experiments(max_results=1000))
+
+
 def create_database(location: Location) -> None:
     """Makes the SQLite database of `location` unless it is there.
 
