@@ -398,3 +398,49 @@ def test_a_run_that_keeps_no_texts_still_has_its_numbers(database: Path, run: Ru
     (trace,) = traces(database).values()
     assert trace.data.spans[1].outputs == {}
     assert trace.info.cost["total_cost"] == 0.5
+
+
+def test_what_the_gateway_records_is_what_a_trace_shows(database: Path, run: RunDir) -> None:
+    import httpx2
+
+    from sia.gateway import ModelGateway, Provider, Route
+    from sia.gateway.provider import Price
+    from sia.gateway.scripted import serving
+
+    rules = [
+        {"when": {"turn": 0}, "say": "I look.", "bash": "ls", "usage": {"input": 70, "output": 5}},
+        {"when": {"text": "broken"}, "fault": "status", "status": 400},
+    ]
+    ask = [{"role": "user", "content": "Look"}]
+    tool = {"name": "Bash", "input_schema": {"type": "object"}}
+    with serving(rules) as server:
+        provider = Provider(
+            name="acme", base_url=f"{server.url}/v1", anthropic_url=server.url,
+            formats=("chat", "messages"), prices={"m-1": Price(input=10.0, output=100.0)},
+        )  # fmt: skip
+        routes = dict.fromkeys(Role, Route(provider=provider, model="m-1"))
+        with ModelGateway(store=run.path / STORE_FILE, routes=routes) as gateway:
+            for role, scope in ((Role.META, "g000-c0/meta"), (Role.TARGET, "g000-c0/target")):
+                with gateway.lease(role, scope) as lease:
+                    url = f"http://127.0.0.1:{lease.endpoint.port}/v1"
+                    key = lease.endpoint.key
+                    body = {"model": "m-1", "messages": ask, "stream": True, "max_tokens": 9}
+                    headers = {"authorization": f"Bearer {key}", "x-api-key": key}
+                    with httpx2.Client(headers=headers, timeout=30) as client:
+                        client.post(f"{url}/messages", json={**body, "tools": [tool]})
+                        turns = [*ask, {"role": "assistant", "content": "broken"}]
+                        client.post(f"{url}/chat/completions", json={**body, "messages": turns})
+    close_generation(run, 0)
+    finish(run)
+    sync(database, run)
+    for trace in traces(database).values():
+        assert trace.run == "gen-000"
+        _, first, second = trace.data.spans
+        message = first.outputs["choices"][0]["message"]
+        assert message["content"] == "I look."
+        assert message["tool_calls"][0]["function"]["name"] == "Bash"
+        assert first.get_attribute("mlflow.chat.tokenUsage")["input_tokens"] == 70
+        assert first.llm_cost["total_cost"] == pytest.approx((70 * 10 + 5 * 100) / 1e6)
+        assert second.status.status_code == "ERROR"
+        assert "400" in second.status.description
+        assert "the script answers with 400" in second.outputs["error"]["message"]
