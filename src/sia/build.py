@@ -152,8 +152,8 @@ def gateway(
     Raises:
         ProviderError: A key, a price or a recording is missing.
     """
-    routes = {role: route for role, route in _routes(cfg).items() if role in roles}
-    if not routes:
+    asked = {role: route for role, route in routes(cfg).items() if role in roles}
+    if not asked:
         return nullcontext()
     from sia.gateway import Budget, ModelGateway
     from sia.gateway.store import STORE_FILE
@@ -161,7 +161,7 @@ def gateway(
     settings = cfg.gateway
     return ModelGateway(
         store=run / STORE_FILE,
-        routes=routes,
+        routes=asked,
         mode=settings.mode,
         recording=Path(settings.recording) if settings.recording else None,
         cache=Path(settings.cache).expanduser() if settings.cache else None,
@@ -171,14 +171,14 @@ def gateway(
     )
 
 
-def _routes(cfg: Config) -> "dict[Role, Route]":
+def routes(cfg: Config) -> "dict[Role, Route]":
     """Provider and model of everybody who asks one."""
-    routes: dict[Role, Route] = {}
+    found: dict[Role, Route] = {}
     if (model := getattr(cfg.meta, "model", None)) is not None:
-        routes |= dict.fromkeys((Role.META, Role.FEEDBACK), _route(cfg.provider, model))
+        found |= dict.fromkeys((Role.META, Role.FEEDBACK), _route(cfg.provider, model))
     if cfg.target.model is not None:
-        routes[Role.TARGET] = _route(cfg.target.provider or cfg.provider, cfg.target.model)
-    return routes
+        found[Role.TARGET] = _route(cfg.target.provider or cfg.provider, cfg.target.model)
+    return found
 
 
 def _route(provider: ProviderConfig, model: str) -> "Route":

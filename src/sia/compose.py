@@ -8,13 +8,14 @@ from typing import cast
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sia import advice
-from sia.config import Config, ProviderConfig, register
+from sia import advice, build
+from sia.config import Config, register
 from sia.errors import ConfigError
-from sia.gateway.provider import Price, Provider
+from sia.gateway.protocol import Role
+from sia.gateway.provider import Provider
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,41 +70,16 @@ def providers(cfg: Config) -> dict[str, tuple[Provider, str]]:
 
     Raises:
         ProviderError: A provider's settings contradict each other.
-        ConfigError: A model is wanted and no provider chosen.
+        ConfigError: A model is wanted and no provider chosen, or a price is incomplete.
     """
-    wanted = {}
-    if (asked := OmegaConf.select(cast(DictConfig, cfg), "meta.model")) is not None:
-        wanted["meta"] = (cfg.provider, str(asked))
-    if cfg.target.model is not None:
-        wanted["target"] = (cfg.target.provider or cfg.provider, cfg.target.model)
     found = {}
-    for role, (node, model) in wanted.items():
-        if node.name == "none":
+    for role, route in build.routes(cfg).items():
+        if role is Role.FEEDBACK:
+            continue  # as `meta`
+        if not route.provider.formats:
             raise ConfigError(
-                f"{role}.model={model!r} needs a provider. Choose one: provider=... "
+                f"{role}.model={route.model!r} needs a provider. Choose one: provider=... "
                 "(python -m sia --help lists them)"
             )
-        provider = _provider(node)
-        found[role] = provider, provider.resolve(model)
+        found[role.value] = route.provider, route.provider.resolve(route.model)
     return found
-
-
-def _provider(node: ProviderConfig) -> Provider:
-    return Provider(
-        name=node.name,
-        base_url=node.base_url or "",
-        anthropic_url=node.anthropic_url or "",
-        formats=tuple(node.formats),
-        api_key_env=node.api_key_env or "",
-        models=dict(node.models),
-        prices={
-            name: Price(
-                input=price.input,
-                output=price.output,
-                cached=price.cached,
-                cache_write=price.cache_write,
-            )
-            for name, price in node.prices.items()
-        },
-        prices_as_of=node.prices_as_of or "",
-    )

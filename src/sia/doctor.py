@@ -351,6 +351,8 @@ def _key(provider: Provider) -> tuple[str, Finding]:
 
 
 def _prices(cfg: Config, provider: Provider, models: Sequence[str]) -> Iterator[Finding]:
+    own = cfg.target.provider
+    node = "target.provider" if own and own.name == provider.name else "provider"
     for model in models:
         if provider.price(model) is not None:
             as_of = provider.prices_as_of or "an unknown day"
@@ -361,8 +363,8 @@ def _prices(cfg: Config, provider: Provider, models: Sequence[str]) -> Iterator[
                 name=f"price of {model}",
                 state=FAIL if needed else WARN,
                 value="unknown" + (", and budget.usd needs it" if needed else ""),
-                help=f"Write it into conf/provider/{provider.name}.yaml, in USD per million "
-                f"tokens: prices: {{{model}: {{input: 1, output: 2}}}}",
+                help="Give it, in USD per million tokens: "
+                f"'+{node}.prices={{{model}: {{input: 1, output: 2}}}}'",
             )
 
 
