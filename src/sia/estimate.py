@@ -203,32 +203,31 @@ def dry_run(argv: Sequence[str], console: Console) -> None:
 def earlier(
     folder: Path, choices: Mapping[str, str], cfg: Config, generations: int
 ) -> Iterator[str]:
-    """What the newest run of the same task and models has really spent, if there is one."""
+    """What the longest run of the same task and models has really spent, if there is one."""
     try:
         runs = rundir.find_runs(folder)
     except RunDirectoryError:
         return
-    dated = sorted(((rundir.read_info(run).created_at, run) for run in runs), reverse=True)
-    for _, run in dated:
+    found = []
+    for run in runs:
         info, result = rundir.read_info(run), rundir.read_result(run)
-        if result is None or not result.spend or result.generations < 1:
-            continue
-        if (info.task, info.meta, info.target) != (
+        same = (info.task, info.meta, info.target) == (
             cfg.task.name,
             choices["meta"],
             choices["target"],
-        ):
-            continue
-        if _models(OmegaConf.load(run / rundir.CONFIG_FILE)) != _models(cfg):
-            continue
-        paid = spend.total(spend.from_record(result.spend))
-        share = generations / result.generations
-        yield (
-            f"{run} spent {spend.line(spend.from_record(result.spend))} in {result.generations} "
-            f"generations. At that rate this run costs {spend.usd(share * paid.cost_usd)}: "
-            "a better guess than the range above."
         )
-        return
+        if not same or result is None or not result.spend or result.generations < 1:
+            continue
+        if _models(OmegaConf.load(run / rundir.CONFIG_FILE)) == _models(cfg):
+            found.append((result.generations, info.created_at, run, result))
+    if found:
+        done, _, run, result = max(found, key=lambda one: one[:2])
+        paid = spend.from_record(result.spend)
+        cost_usd = generations / done * spend.total(paid).cost_usd
+        yield (
+            f"{run} spent {spend.line(paid)} in {done} generations. At that rate this run costs "
+            f"{spend.usd(cost_usd)}: a better guess than the one above."
+        )
 
 
 def _show(

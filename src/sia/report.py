@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sia import rundir
+from sia import rundir, spend
 from sia.errors import RunDirectoryError, SiaError
 from sia.records import Candidate, Evaluation, Exam, ExamRow, Generation, from_data
 from sia.tasks import find_task_dir, load_task
@@ -97,6 +97,8 @@ def _title(run: Path, exam: Exam) -> str:
 def _footer(run: Path, exam: Exam) -> str:
     result = rundir.read_result(run)
     spent = f"{result.generations} generations in {result.elapsed_s:.0f} s" if result else ""
+    if result and result.spend:
+        spent += f", model calls {spend.line(spend.from_record(result.spend))}"
     return (
         "Chosen by dev score alone. Intervals: bootstrap over test items; gains are paired. "
         f"{spent}; sandbox {exam.sandbox}; test opened {exam.opened_at}."
