@@ -97,22 +97,24 @@ def examine(argv: Sequence[str], *, offline: bool) -> Iterator[Finding]:
     cfg = found.cfg
     chosen = ", ".join(f"{group}={found.choices[group]}" for group in ("task", "meta", "target"))
     yield Finding(name="configuration", state=OK, value=chosen)
-    try:
-        checked = build.check(cfg)
-    except SiaError as error:
-        yield Finding(name="values", state=FAIL, value=str(error))
-        return
     checks: list[tuple[str, Check]] = [
         ("budget", lambda: _budget(cfg)),
         ("disk", lambda: _disk(found)),
-        ("memory", lambda: _memory(cfg, checked.task)),
-        ("data", lambda: _data(checked.task)),
-        ("sandbox", lambda: _sandbox(checked)),
-        ("environments", lambda: _environments(cfg, checked.first_harness)),
         ("agent", lambda: _agent(cfg)),
         ("provider", lambda: _providers(cfg, offline=offline)),
         ("tracking", lambda: _tracking(cfg, found, offline=offline)),
     ]
+    try:
+        checked = build.check(cfg)
+    except SiaError as error:
+        yield Finding(name="values", state=FAIL, value=str(error))
+    else:
+        checks[2:2] = [
+            ("memory", lambda: _memory(cfg, checked.task)),
+            ("data", lambda: _data(checked.task)),
+            ("sandbox", lambda: _sandbox(checked)),
+            ("environments", lambda: _environments(cfg, checked.first_harness)),
+        ]
     for name, check in checks:
         yield from _guarded(name, check)
 
@@ -370,15 +372,16 @@ def _prices(cfg: Config, provider: Provider, models: Sequence[str]) -> Iterator[
 
 def _endpoints(provider: Provider, key: str, models: Sequence[str]) -> Iterator[Finding]:
     """Asks for the list of models: free everywhere, and it needs address and key."""
-    addresses = {}
+    asked: dict[str, tuple[str, dict[str, str]]] = {}  # by URL: some speak both at one address
     if set(provider.formats) - {"messages"}:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        addresses[provider.base_url] = f"{provider.base_url.rstrip('/')}/models", headers
+        url = f"{provider.base_url.rstrip('/')}/models"
+        asked[url] = provider.base_url, {"authorization": f"Bearer {key}"} if key else {}
     if "messages" in provider.formats:
-        headers = {"x-api-key": key, "anthropic-version": "2023-06-01"} if key else {}
         url = f"{provider.anthropic_url.rstrip('/')}/v1/models"
-        addresses.setdefault(provider.anthropic_url, (url, headers))
-    for address, (url, headers) in addresses.items():
+        headers = {"x-api-key": key, "anthropic-version": "2023-06-01"} if key else {}
+        asked[url] = provider.anthropic_url, headers
+    unknown = list(models)
+    for url, (address, headers) in asked.items():
         name = f"endpoint of {provider.name}"
         if address.startswith("unix:"):
             yield Finding(name=name, state=OK, value=f"{address}, a socket; not asked")
@@ -404,7 +407,8 @@ def _endpoints(provider: Provider, key: str, models: Sequence[str]) -> Iterator[
             yield Finding(name=name, state=WARN, value=value, help=help)
         else:
             yield Finding(name=name, state=OK, value=f"{shown} accepts the request")
-            yield from _models(_listed(body), models)
+            yield from _models(_listed(body), unknown)
+            unknown = []  # one list is enough
 
 
 def _models(listed: Sequence[str], models: Sequence[str]) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ def conf(tmp_path: Path) -> Path:
     (folder / "meta" / "agent.yaml").write_text(
         "defaults:\n  - /schema/meta/pydantic_ai@_here_\nmodel: big\n"
     )
-    (folder / "target" / "llm.yaml").write_text("harness: reference\nmodel: small\n")
+    (folder / "target" / "asking.yaml").write_text("harness: reference\nmodel: small\n")
     return folder
 
 
@@ -98,7 +98,7 @@ def test_a_provider_in_order_is_confirmed(conf: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACME_API_KEY", CANARY)
     with serving([], models=["acme-big-1", "acme-small-1"]) as server:
         argv = provider(conf, server.url, formats="chat, messages")
-        names = found([*argv, "target=llm", "budget.requests=9"])
+        names = found([*argv, "target=asking", "budget.requests=9"])
     assert names["key of acme"].value == "$ACME_API_KEY is set, of usual length"
     assert names["endpoint of acme"].state == OK
     assert names["model acme-small-1"].value == "offered"
@@ -111,7 +111,7 @@ def test_a_model_that_is_not_offered_is_doubted(
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", CANARY)
     with serving([], models=["acme-small-2"]) as server:
-        names = found([*provider(conf, server.url), "target=llm"])
+        names = found([*provider(conf, server.url), "target=asking"])
     assert names["model acme-small-1"].state == WARN
     assert names["model acme-small-1"].help == "Did you mean 'acme-small-2'?"
 
@@ -132,7 +132,7 @@ def test_an_answer_is_explained(
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", CANARY)
     with answering(status) as url:
-        finding = found([*provider(conf, url), "target=llm"])["endpoint of acme"]
+        finding = found([*provider(conf, url), "target=asking"])["endpoint of acme"]
     assert (finding.state, says in finding.value) == (state, True), finding
 
 
@@ -141,7 +141,7 @@ def test_an_endpoint_that_never_answers_costs_five_seconds(
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", CANARY)
     with answering(200, wait_s=60) as url:
-        argv = [*provider(conf, url), "target=llm"]
+        argv = [*provider(conf, url), "target=asking"]
         began = time.monotonic()
         finding = found(argv)["endpoint of acme"]
         assert time.monotonic() - began < 30
@@ -153,13 +153,13 @@ def test_an_endpoint_that_is_not_there_fails_unless_offline(
     conf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", CANARY)
-    argv = [*provider(conf, "http://127.0.0.1:9"), "target=llm"]
+    argv = [*provider(conf, "http://127.0.0.1:9"), "target=asking"]
     assert found(argv)["endpoint of acme"].state == FAIL
     assert "endpoint of acme" not in found(argv, offline=True)
 
 
 def test_a_missing_key_and_a_missing_price_are_both_named(conf: Path) -> None:
-    argv = [*provider(conf, "http://127.0.0.1:9"), "target=llm", "budget.usd=1"]
+    argv = [*provider(conf, "http://127.0.0.1:9"), "target=asking", "budget.usd=1"]
     names = found(argv)
     assert "$ACME_API_KEY, which is not set: export ACME_API_KEY=" in names["key of acme"].value
     assert names["price of acme-small-1"].state == FAIL
@@ -177,6 +177,17 @@ def test_an_agent_is_asked_to_import_its_sdk(conf: Path) -> None:
     assert "meta.python='/nowhere/python' does not run" in names["agent"].value
 
 
+def test_two_formats_at_one_address_are_one_question(
+    conf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACME_API_KEY", CANARY)
+    with serving([], models=["acme-small-1"]) as server:
+        argv = [*provider(conf, server.url, formats="chat, messages"), "target=asking"]
+        names = [one.name for one in examine(argv, offline=False)]
+    assert names.count("endpoint of acme") == 1
+    assert names.count("model acme-small-1") == 1
+
+
 @pytest.mark.parametrize("status", [200, 301, 401, 500])
 def test_no_output_holds_the_key(
     conf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], status: int
@@ -185,7 +196,7 @@ def test_no_output_holds_the_key(
     body = b'{"error": "bad key KEY", "data": [{"id": "KEY"}]}'
     with answering(status, body) as url:
         argv = provider(conf, url, formats="chat, messages")
-        doctor.main([*argv, "target=llm", "budget.usd=1"])
+        doctor.main([*argv, "target=asking", "budget.usd=1"])
     shown = "".join(capfd.readouterr())
     assert "key of acme" in shown
     assert CANARY not in shown
@@ -196,7 +207,7 @@ def test_a_key_that_is_none_is_not_shown_either(
     conf: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACME_API_KEY", f"{CANARY}\x07 export")
-    assert doctor.main([*provider(conf, "http://127.0.0.1:9"), "target=llm"]) == 2
+    assert doctor.main([*provider(conf, "http://127.0.0.1:9"), "target=asking"]) == 2
     assert CANARY not in "".join(capfd.readouterr())
 
 
@@ -206,8 +217,8 @@ def test_a_password_in_an_address_is_not_shown(
     monkeypatch.setenv("ACME_API_KEY", CANARY)
     with answering(404) as url:
         secret = url.replace("//", "//user:hunter2@")
-        doctor.main([*provider(conf, secret), "target=llm"])
-    doctor.main([*provider(conf, "http://user:hunter2@127.0.0.1:9"), "target=llm"])
+        doctor.main([*provider(conf, secret), "target=asking"])
+    doctor.main([*provider(conf, "http://user:hunter2@127.0.0.1:9"), "target=asking"])
     shown = "".join(capfd.readouterr())
     assert "***@127.0.0.1" in shown
     assert "hunter2" not in shown
@@ -222,6 +233,7 @@ def test_a_wrong_command_line_is_explained_and_ends_with_2(
 
 def test_values_out_of_range_are_findings() -> None:
     names = found([*QUICK, "generations=0", "workers=0"])
+    assert names["disk"].state == OK  # what can be looked at, is
     assert names["values"].state == FAIL
     assert "generations=0" in names["values"].value
     assert "workers=0" in names["values"].value

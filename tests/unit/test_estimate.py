@@ -84,7 +84,7 @@ def conf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "conf"
     for name, text in {
         "meta/agent": "defaults:\n  - /schema/meta/pydantic_ai@_here_\nmodel: big\n",
-        "target/llm": "harness: reference\nmodel: small\n",
+        "target/asking": "harness: reference\nmodel: small\n",
         "provider/acme": "name: acme\nbase_url: http://127.0.0.1:9/v1\nformats: [chat]\n"
         "api_key_env: ACME_API_KEY\nmodels: {big: acme-big-1}\nprices_as_of: 2026-01-01\n"
         "prices: {acme-big-1: {input: 3, output: 15, cached: 0.3}}\n",
@@ -106,11 +106,11 @@ def shown(*argv: str) -> str:
 
 
 def test_the_plan_is_shown_without_a_key_and_leaves_nothing(conf: Path) -> None:
-    text = shown("-cd", str(conf), "task=toy", "provider=acme", "meta=agent", "target=llm",
+    text = shown("-cd", str(conf), "task=toy", "provider=acme", "meta=agent", "target=asking",
                  "generations=5", "budget.usd=50", "sandbox=process")  # fmt: skip
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "meta agent, model acme-big-1 of acme" in lines
-    assert "target llm, model small of acme" in lines
+    assert "target asking, model small of acme" in lines
     assert "loop 5 generations at most, 5 attempts" in lines
     assert "budget usd=50" in lines
     (meta,) = [line for line in lines if line.startswith("meta ") and "$" in line]
