@@ -5,12 +5,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sia.errors import ProviderError, RunDirectoryError
 from sia.gateway import Budget, ModelGateway, Price, Provider, Role, Route, Spend
 from sia.gateway.scripted import Scripted, serving
 from sia.gateway.store import Exchange, read_exchanges, read_misses, read_spend
-from sia.sandbox import Endpoint
+from sia.sandbox import Endpoint, forward
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -144,8 +145,6 @@ def vendor() -> Iterator[Scripted]:
 @contextlib.contextmanager
 def raw_vendor(answer: Callable[[bytes], Iterator[bytes]]) -> Iterator[str]:
     """An endpoint that writes bytes of its own to each connection; for what no server sends."""
-    import socket
-
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -192,7 +191,9 @@ def wait_until(true: Callable[[], Any], seconds: float = 10.0) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_is_answered_and_recorded(run: Run, vendor, kind: str, stream: bool) -> None:
+def test_every_format_is_answered_and_recorded(
+    run: Run, vendor: Scripted, kind: str, stream: bool
+) -> None:
     if kind == "embeddings" and stream:
         pytest.skip("embeddings have no streams")
     with run.caller(vendor.url) as caller:
@@ -235,7 +236,7 @@ def test_a_stream_passes_while_it_comes(run: Run) -> None:
     assert (exchange.input_tokens, exchange.output_tokens) == (4, 2)  # "user", "?", the model
 
 
-def test_a_client_sees_the_usage_of_a_stream_only_if_it_asks(run: Run, vendor) -> None:
+def test_a_client_sees_the_usage_of_a_stream_only_if_it_asks(run: Run, vendor: Scripted) -> None:
     with run.caller(vendor.url) as caller:
         plain = caller.post("/v1/chat/completions", caller.chat(stream=True))
         options = {"include_usage": True}
@@ -249,7 +250,7 @@ def test_a_client_sees_the_usage_of_a_stream_only_if_it_asks(run: Run, vendor) -
     assert all(seen.body["stream_options"]["include_usage"] for seen in vendor.seen)
 
 
-def test_two_hundred_streams_at_once(run: Run, vendor) -> None:
+def test_two_hundred_streams_at_once(run: Run, vendor: Scripted) -> None:
     async def one(client: Any, number: int) -> str:
         messages = [{"role": "user", "content": f"hello {number}"}]
         stream = await client.chat.completions.create(model="small", messages=messages, stream=True)
@@ -269,7 +270,7 @@ def test_two_hundred_streams_at_once(run: Run, vendor) -> None:
 
 ERRORS = (openai.APIError, anthropic.APIError)
 FAULTS = {
-    "hang": (504, "no whole answer within gateway.call_s=1 s"),
+    "hang": (504, "no whole answer within gateway.call_s=0.5 s"),
     "status": (500, "did not answer in"),
     "empty_choices": (502, "the answer is empty: no "),
     "truncated": (502, "cut off"),
@@ -277,14 +278,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    # What happens before an answer begins does not depend on its format; errors do on the vendor.
+    [(fault, kind) for fault in FAULTS for kind in FORMATS
+     if fault not in ("hang", "status") or kind in ("chat", "messages")],
+)  # fmt: skip
 def test_a_fault_ends_in_time_with_its_reason_and_is_charged_once_at_most(
     run: Run, kind: str, fault: str
 ) -> None:
     status, reason = FAULTS[fault]
     rule = {**SAYS, "fault": fault}
-    with serving([rule]) as vendor, run.caller(vendor.url, call_s=1.0) as caller:
+    with serving([rule]) as vendor, run.caller(vendor.url, call_s=0.5) as caller:
         started = time.monotonic()
         with pytest.raises(ERRORS, match=reason) as error:
             caller.ask(kind, "hello")
@@ -360,7 +365,7 @@ def test_a_stream_of_five_megabytes_passes_unharmed(run: Run) -> None:
     assert exchange.output_tokens == 5_000_000 // 4
 
 
-def test_a_request_with_half_a_character_passes(run: Run, vendor) -> None:
+def test_a_request_with_half_a_character_passes(run: Run, vendor: Scripted) -> None:
     with run.caller(vendor.url) as caller:
         answer = caller.post("/v1/chat/completions", caller.chat("hello \ud800"))
         assert answer.status_code == 200
@@ -383,11 +388,36 @@ def test_a_failure_that_passes_is_tried_again_and_charged_once(run: Run) -> None
     assert run.spent() == Spend(calls=1, input_tokens=10, output_tokens=5, cost_usd=2e-5)
 
 
+def test_a_stream_that_begins_with_an_error_is_tried_again(run: Run) -> None:
+    error = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    tries = iter(range(9))
+
+    def answer(request: bytes) -> Iterator[bytes]:
+        if next(tries) < 2:
+            body = b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"
+            yield http(body, kind="text/event-stream")
+        else:
+            direct = httpx2.post(
+                f"{vendor.url}/v1/messages", content=request.partition(b"\r\n\r\n")[2]
+            )
+            yield http(direct.content, kind="text/event-stream")
+
+    with serving([SAYS]) as vendor, raw_vendor(answer) as url:
+        with run.caller(url) as caller:
+            assert caller.ask("messages", "hello", stream=True) == SAYS["say"]
+        assert next(tries) == 3
+    (exchange,) = run.exchanges()
+    assert (exchange.attempts, exchange.failure) == (3, "")
+    assert run.spent() == Spend(calls=1, input_tokens=10, output_tokens=5, cost_usd=2e-5)
+
+
 def test_a_pause_beyond_the_deadline_is_not_waited_for(run: Run) -> None:
     rule = {"fault": "status", "status": 429, "retry_after": 60}
     with serving([rule]) as vendor, run.caller(vendor.url, call_s=30) as caller:
         started = time.monotonic()
-        with pytest.raises(openai.RateLimitError, match=r"in 1 try and .*: 429 the script answers"):
+        with pytest.raises(
+            openai.RateLimitError, match=r"in 1 try within .*: 429 the script answers"
+        ):
             caller.ask("chat", "hello")
         assert time.monotonic() - started < 5
         assert len(vendor.seen) == 1
@@ -406,7 +436,7 @@ def test_a_provider_that_is_down_is_tried_until_the_deadline(run: Run) -> None:
     assert exchange.cost_usd == 0
 
 
-def test_what_the_vendor_refuses_is_passed_on_as_it_is(run: Run, vendor) -> None:
+def test_what_the_vendor_refuses_is_passed_on_as_it_is(run: Run, vendor: Scripted) -> None:
     with run.caller(vendor.url) as caller:
         answer = caller.post("/v1/chat/completions", caller.chat("nothing fits"))
         direct = httpx2.post(f"{vendor.url}/v1/chat/completions", json=caller.chat("nothing fits"))
@@ -485,7 +515,7 @@ def test_calls_that_wait_their_turn_are_refused_when_the_budget_is_used_up(run: 
         assert len(vendor.seen) == 1
 
 
-def test_a_key_is_worthless_after_its_step(run: Run, vendor) -> None:
+def test_a_key_is_worthless_after_its_step(run: Run, vendor: Scripted) -> None:
     with run.gateway(vendor.url) as gateway:
         with gateway.lease(Role.TARGET, SCOPE) as lease:
             caller = Caller(lease.endpoint)
@@ -621,7 +651,7 @@ with run.caller({url!r}) as caller:
 """
 
 
-def test_what_was_paid_for_survives_a_kill(run: Run, vendor) -> None:
+def test_what_was_paid_for_survives_a_kill(run: Run, vendor: Scripted) -> None:
     program = KILLED.format(tests=str(Path(__file__).parent), path=str(run.path), url=vendor.url)
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -784,7 +814,7 @@ def test_the_providers_key_is_nowhere_even_if_the_provider_repeats_it(run: Run, 
         assert caller.endpoint.key not in f"{exchange} {exchange.request()}"
 
 
-def test_only_headers_that_change_the_answer_are_passed_on(run: Run, vendor) -> None:
+def test_only_headers_that_change_the_answer_are_passed_on(run: Run, vendor: Scripted) -> None:
     with run.caller(vendor.url) as caller:
         caller.post(
             "/v1/messages?beta=true", caller.chat(max_tokens=9),
@@ -802,7 +832,7 @@ def test_only_headers_that_change_the_answer_are_passed_on(run: Run, vendor) -> 
     assert "authorization" not in messages
 
 
-def test_wrong_requests_are_refused_in_the_callers_format(run: Run, vendor) -> None:
+def test_wrong_requests_are_refused_in_the_callers_format(run: Run, vendor: Scripted) -> None:
     chat_only = provider(vendor.url, formats=("chat",))
     with run.caller(vendor.url, provided=chat_only) as caller:
         with pytest.raises(
@@ -827,7 +857,40 @@ def test_wrong_requests_are_refused_in_the_callers_format(run: Run, vendor) -> N
     assert run.exchanges() == []
 
 
-def test_an_alias_is_asked_for_by_its_exact_id(run: Run, vendor) -> None:
+def test_nothing_that_a_program_sends_or_a_vendor_says_stops_the_gateway(run: Run) -> None:
+    deep = b"[" * 100_000
+    nested = b'{"choices": [' + b"[" * 400 + b"]" * 400 + b"]}"
+    odd = {
+        "deep": deep,
+        "nested": nested,
+        "half": b'{"model": "\\ud800", "choices": [{"finish_reason": "\\udfff", "message": {}}]}',
+        "many": b'{"choices": [{"message": {}}], "usage": {"prompt_tokens": 1%s}}' % (b"0" * 40),
+        "null": b"null",
+        "numbers": b'{"model": 1, "choices": [1], "usage": {"prompt_tokens": "x"}}',
+    }
+
+    def answer(request: bytes) -> Iterator[bytes]:
+        kind = next(kind for kind in odd if f'"{kind}"'.encode() in request)
+        yield http(odd[kind])
+
+    with raw_vendor(answer) as url, run.caller(url) as caller:
+        path = "/v1/chat/completions"
+        asked = b'{"model": "scripted-1", "messages": %s}'
+        sent = [
+            deep, nested, asked % (b"[" * 900 + b"]" * 900), b"\xff\xfe", b"NaN", b'{"model": 5}',
+        ]  # fmt: skip
+        assert [caller.post(path, body).status_code for body in sent] == [400] * 6
+        with socket.create_connection(("127.0.0.1", caller.endpoint.port)) as gone:
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {caller.endpoint.key}\r\n"
+            gone.sendall(f"{head}content-length: 99\r\n\r\n{{".encode())
+        got = {kind: caller.post(path, caller.chat(kind)).status_code for kind in odd}
+    assert got == {
+        "deep": 502, "nested": 200, "half": 200, "many": 200, "null": 502, "numbers": 200
+    }  # fmt: skip
+    assert [exchange.served_model for exchange in run.exchanges()][2] == "?"
+
+
+def test_an_alias_is_asked_for_by_its_exact_id(run: Run, vendor: Scripted) -> None:
     with run.caller(vendor.url) as caller:
         assert caller.endpoint.model == "scripted-1"
         caller.ask("chat", "hello", model="small")
@@ -839,7 +902,7 @@ def test_an_alias_is_asked_for_by_its_exact_id(run: Run, vendor) -> None:
     assert run.exchanges()[0].requested_model == "small"
 
 
-def test_counting_tokens_is_neither_charged_nor_counted(run: Run, vendor) -> None:
+def test_counting_tokens_is_neither_charged_nor_counted(run: Run, vendor: Scripted) -> None:
     messages = [{"role": "user", "content": "hello there"}]
     with (
         run.caller(vendor.url, budget=Budget(requests=0)) as caller,
@@ -863,15 +926,37 @@ def test_the_socket_is_open_to_other_users_and_the_folder_around_it_is_not(
     run: Run, vendor
 ) -> None:
     with run.caller(vendor.url) as caller:
-        socket = caller.endpoint.socket
-        assert socket.stat().st_mode & 0o777 == 0o666
-        assert socket.parent.stat().st_mode & 0o777 == 0o700
-        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(socket))) as client:
+        path = caller.endpoint.socket
+        assert path.stat().st_mode & 0o777 == 0o666
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        with httpx2.Client(transport=httpx2.HTTPTransport(uds=str(path))) as client:
             headers = {"x-api-key": caller.endpoint.key}
             assert client.get("http://gateway/v1/models", headers=headers).status_code == 200
 
 
-def test_exchanges_can_be_read_while_they_are_written(run: Run, vendor) -> None:
+def test_the_forwarder_of_the_sandbox_serves_one_client_after_the_other(
+    run: Run, vendor: Scripted
+) -> None:
+    with run.caller(vendor.url) as caller:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        program = [forward.__file__, str(port), str(caller.endpoint.socket)]
+        waiting = "print('ready', flush=True); import sys; sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, *program, sys.executable, "-c", waiting],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                assert process.stdout is not None
+                process.stdout.readline()
+                inside = Caller(replace(caller.endpoint, port=port))
+                for stream in (False, True, False):  # a client, and with it a connection, each
+                    assert inside.ask("chat", "hello", stream=stream) == SAYS["say"]
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+
+
+def test_exchanges_can_be_read_while_they_are_written(run: Run, vendor: Scripted) -> None:
     assert run.exchanges() == []
     assert run.spent() == Spend()
     with run.caller(vendor.url) as caller:
@@ -886,6 +971,35 @@ def test_exchanges_can_be_read_while_they_are_written(run: Run, vendor) -> None:
         assert [exchange.id for exchange in read_exchanges(run.store, after_id=3)] == [4]
         assert run.spent().calls == 4
     assert [path.name for path in run.path.iterdir()] == ["gateway.sqlite"]
+
+
+INTERRUPTED = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+from test_gateway import Run
+run = Run(pathlib.Path({path!r}))
+try:
+    with run.caller({url!r}) as caller:
+        caller.ask("chat", "hello")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_ends_calls_that_hang(run: Run) -> None:
+    with serving([{"fault": "hang"}]) as vendor:
+        program = INTERRUPTED.format(
+            tests=str(Path(__file__).parent), path=str(run.path), url=vendor.url
+        )
+        # A shell that starts jobs in the background lets them ignore interrupts.
+        program = f"import signal; signal.signal(2, signal.default_int_handler)\n{program}"
+        with subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+        ) as process:
+            wait_until(lambda: vendor.seen, 30)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=10)[0] == "interrupted\n"
+    assert run.spent().failed == 1
 
 
 FULL = """
@@ -905,7 +1019,7 @@ except RunDirectoryError as error:
 """
 
 
-def test_a_full_disk_ends_the_step_and_keeps_what_was_written(run: Run, vendor) -> None:
+def test_a_full_disk_ends_the_step_and_keeps_what_was_written(run: Run, vendor: Scripted) -> None:
     program = FULL.format(tests=str(Path(__file__).parent), path=str(run.path), url=vendor.url)
     done = subprocess.run(
         [sys.executable, "-c", program], timeout=120, check=False, capture_output=True, text=True

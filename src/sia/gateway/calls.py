@@ -35,6 +35,7 @@ ERROR_BYTES = 2**20
 QUOTED = 200  # characters of an answer that is not JSON
 
 JSON = {"content-type": "application/json"}
+HOP = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "sia"}
 REFUSED = {**JSON, "x-should-retry": "false"}  # an SDK need not try what was tried or refused here
 
 
@@ -46,17 +47,22 @@ class Unanswered(Exception):
         self.status = status
 
 
+class Again(Exception):
+    """A vendor refused a call after it had accepted it: an error is the first event of a stream."""
+
+
 @dataclass(eq=False, kw_only=True)
 class Call:
     """A request and what becomes of it; several clients may follow one call.
 
     Attributes:
-        request: With the exact id of the model.
+        request: With the exact id of the model; empty once the answer has been delivered.
         status: Of the answer; 0 as long as there is none.
         parts: What has come of the answer so far.
         done: Nothing more will come; the exchange has been recorded.
         dropped: It was never sent: nobody waited for it any more.
         charged: An answer began, which a vendor charges for.
+        trouble: Why the last try failed.
         left: Clients that went away without the whole answer.
     """
 
@@ -78,6 +84,7 @@ class Call:
     charged: bool = False
     failure: str = ""
     attempts: int = 0
+    trouble: str = ""
     followers: int = 0
     left: int = 0
     joined: int = 0
@@ -114,6 +121,10 @@ class Call:
             },
         }
 
+    def request_zlib(self) -> bytes:
+        """The request as it is recorded."""
+        return zlib.compress(json.dumps(self.request).encode(), 1)
+
     async def news(self) -> None:
         """Waits until something has changed."""
         await self._news.wait()
@@ -146,9 +157,9 @@ class Call:
         self.wake()
 
     def pack(self) -> None:
-        """Makes a delivered answer small; a client may still ask for it again."""
+        """Makes a delivered call small; its client may still ask for the answer again."""
         self._packed = zlib.compress(b"".join(self.parts), 1)
-        self.parts = []
+        self.parts, self.request = [], {}
 
     def unpack(self) -> None:
         """Makes a packed answer one part again."""
@@ -188,9 +199,7 @@ class Call:
             attempts=self.attempts,
             started_at=self.started_at,
             wall_s=round(time.monotonic() - self.clock, 6),
-            request_zlib=zlib.compress(json.dumps(self.request).encode(), 1)
-            if keep_bodies
-            else None,
+            request_zlib=self.request_zlib() if keep_bodies else None,
             body_zlib=zlib.compress(b"".join([*self.parts, last]), 1) if keep_bodies else None,
         )
 
@@ -218,6 +227,7 @@ class Caller:
         self._backoff_s = backoff_s
         self._random = random.Random()
         self._clients: dict[str, httpx2.AsyncClient] = {}
+        self._places: dict[tuple[str, str, str], tuple[httpx2.AsyncClient, httpx2.URL]] = {}
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -234,16 +244,21 @@ class Caller:
         deadline = loop.time() + self._call_s
         try:
             async with asyncio.timeout_at(deadline):
-                response = await self._open(call, content, deadline)
-                try:
-                    return await self._take(call, response)
-                finally:
-                    await response.aclose()
+                while True:
+                    response = await self._open(call, content, deadline)
+                    try:
+                        return await self._take(call, response)
+                    except Again as error:
+                        call.charged = False
+                        call.reader = Reader(call.wire, hide_usage=call.hides_usage)
+                        await self._pause(call, 529, str(error), None, deadline)
+                    finally:
+                        await response.aclose()
         except Unanswered as error:
             call.failure = str(error)
             return call.refuse(error.status, call.failure)
         except TimeoutError:
-            call.failure = f"no whole answer within gateway.call_s={self._call_s:g} s"
+            call.failure = self._gave_up(call)
             return self._broken(call, 504)
         except asyncio.CancelledError:
             call.failure = "the step ended before the answer did"
@@ -251,9 +266,19 @@ class Caller:
 
     def _broken(self, call: Call, status: int) -> bytes:
         """The end of an answer that failed, for a client that may have a part of it already."""
-        if call.status:
+        if call.parts:
             return b"" if call.reader.told else error_event(call.failure, call.wire)
+        call.status = 0
         return call.refuse(status, call.failure)
+
+    def _gave_up(self, call: Call) -> str:
+        """Why the deadline ended a call."""
+        limit = f"gateway.call_s={self._call_s:g}"
+        if not call.trouble:
+            return f"no whole answer within {limit} s"
+        tries = "1 try" if call.attempts == 1 else f"{call.attempts} tries"
+        name = call.lease.route.provider.name
+        return f"provider {name!r} did not answer in {tries} within {limit} s: {call.trouble}"
 
     async def _open(self, call: Call, content: bytes, deadline: float) -> httpx2.Response:
         """Sends until somebody answers with something other than "try again".
@@ -261,44 +286,42 @@ class Caller:
         Raises:
             Unanswered: The next try would come after the deadline, or cannot help.
         """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
         provider = call.lease.route.provider
-        client, url = self._client(provider, call.wire)
-        headers = {**call.headers, **JSON, **self._auth(provider, call)}
+        client, url = self._place(provider, call)
+        headers = {**HOP, **call.headers, **JSON, **self._auth(provider, call)}
         while True:
             call.attempts += 1
             asked_for = None
             try:
-                response = await client.send(
-                    client.build_request(
-                        "POST", url + call.query, content=content, headers=headers
-                    ),
-                    stream=True,
-                )
+                request = httpx2.Request("POST", url, headers=headers, content=content)
+                response = await client.send(request, stream=True)
             except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol) as error:
                 raise Unanswered(502, f"provider {provider.name!r}: {error}") from error
             except httpx2.TransportError as error:
                 status = 502
-                reason = f"{type(error).__name__} {error}".strip()
+                trouble = f"{type(error).__name__} {error}".strip()
             else:
                 status = response.status_code
                 if status not in RETRIED or response.headers.get("x-should-retry") == "false":
                     return response
                 asked_for = retry_after(response.headers)
-                reason = f"{status} {await _error_of(response)}".strip()
-            wait = self._backoff_s * min(2 ** (call.attempts - 1), LONGEST_BACKOFF)
-            wait *= self._random.uniform(0.5, 1.0)
-            wait = max(wait, asked_for or 0.0)
-            if loop.time() + wait >= deadline:
-                tries = "1 try" if call.attempts == 1 else f"{call.attempts} tries"
-                raise Unanswered(
-                    status,
-                    f"provider {provider.name!r} did not answer in {tries} and "
-                    f"{loop.time() - started:.1f} s (gateway.call_s={self._call_s:g}): "
-                    + self._scrub(provider, reason),
-                )
-            await asyncio.sleep(wait)
+                trouble = f"{status} {await _error_of(response)}".strip()
+            await self._pause(call, status, trouble, asked_for, deadline)
+
+    async def _pause(
+        self, call: Call, status: int, trouble: str, asked_for: float | None, deadline: float
+    ) -> None:
+        """Waits before the next try.
+
+        Raises:
+            Unanswered: It would come after the deadline.
+        """
+        call.trouble = self._scrub(call.lease.route.provider, trouble)
+        wait = self._backoff_s * min(2 ** (call.attempts - 1), LONGEST_BACKOFF)
+        wait = max(wait * self._random.uniform(0.5, 1.0), asked_for or 0.0)
+        if asyncio.get_running_loop().time() + wait >= deadline:
+            raise Unanswered(status, self._gave_up(call))
+        await asyncio.sleep(wait)
 
     async def _take(self, call: Call, response: httpx2.Response) -> bytes:
         """Reads an answer; gives what is to be handed on last."""
@@ -354,20 +377,25 @@ class Caller:
             pass  # what has come decides whether that was the end
         held.append(self._scrub(provider, reader.finish_stream()))
         if reader.failure:
+            if reader.told and not call.parts:
+                raise Again(reader.failure)
             call.failure = f"provider {provider.name!r}: {reader.failure}"
-            if not call.status:
+            if not call.parts:
                 return call.refuse(502, call.failure)
             if not reader.told:
                 return error_event(call.failure, call.wire)
         call.begin(200, headers)
         return b"".join(held)
 
-    def _client(self, provider: Provider, wire: Format) -> tuple[httpx2.AsyncClient, str]:
-        """The connections to a provider, and the address of a wire format there."""
-        prefix = "/v1" if wire.anthropic else ""
-        base = provider.url_of(wire.spoken).rstrip("/")
-        socket, base = split_socket(base, "" if wire.anthropic else "/v1")
-        url = base + prefix + wire.path
+    def _place(self, provider: Provider, call: Call) -> tuple[httpx2.AsyncClient, httpx2.URL]:
+        """The connections to a provider, and the address for a call there."""
+        place = provider.name, call.wire.name, call.query
+        if place in self._places:
+            return self._places[place]
+        anthropic = call.wire.anthropic
+        base = provider.url_of(call.wire.spoken).rstrip("/")
+        socket, base = split_socket(base, "" if anthropic else "/v1")
+        path = ("/v1" if anthropic else "") + call.wire.path + call.query
         name = socket or base
         if name not in self._clients:
             limits = httpx2.Limits(
@@ -385,7 +413,8 @@ class Caller:
                     limits=limits, timeout=timeout, verify=not base.startswith("http:")
                 )
             )
-        return self._clients[name], url
+        self._places[place] = self._clients[name], httpx2.URL(base + path)
+        return self._places[place]
 
     def _auth(self, provider: Provider, call: Call) -> dict[str, str]:
         key = self._keys[provider.name]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sia.gateway.server import Server
 
 MODES = ("record", "live", "replay", "cache")
+SHARED = "~/.cache/sia/calls"
 SOCKET_PATH_LIMIT = 90  # of 107 bytes that the kernel allows
 
 
@@ -106,7 +107,7 @@ class ModelGateway:
                 the numbers, no texts. `replay`: only `recording` answers; no key, no network.
                 `cache`: like `record`, and answers are shared between runs in the folder `cache`.
             recording: Directory of the run to replay, or its store.
-            cache: Folder of shared answers.
+            cache: Folder of shared answers; None: `SHARED`.
             budget: Checked before each call.
             call_s: Deadline of a call from its sending on, all retries included.
             concurrency: Calls that are under way at once; further ones wait.
@@ -117,8 +118,6 @@ class ModelGateway:
         """
         if mode not in MODES:
             raise ProviderError(f"gateway.mode={mode!r} is none of {', '.join(MODES)}.")
-        if mode == "cache" and cache is None:
-            raise ProviderError("gateway.mode=cache needs a folder: gateway.cache=...")
         if mode == "replay" and recording is None:
             raise ProviderError(
                 "gateway.mode=replay needs a recorded run: gateway.recording=runs/..."
@@ -134,7 +133,7 @@ class ModelGateway:
             _check_prices(self.routes)
         self.recording = open_recording(recording) if mode == "replay" and recording else None
         self._store_path = store
-        self._cache_path = cache
+        self._cache_path = cache or Path(SHARED).expanduser()
         self._stack = contextlib.ExitStack()
         self._server: Server | None = None
 
@@ -150,7 +149,7 @@ class ModelGateway:
             if self.recording is not None:
                 recordings = [self.recording]
                 stack.callback(self.recording.close)
-            elif self.mode == "cache" and self._cache_path is not None:
+            elif self.mode == "cache":
                 shared_path = self._cache_path / STORE_FILE
                 shared = Store(shared_path, mode=self.mode, now=now)
                 stack.callback(shared.close)
@@ -244,10 +243,11 @@ def _check_prices(routes: Mapping[Role, Route]) -> None:
     for route in routes.values():
         model = route.provider.resolve(route.model)
         if route.provider.price(model) is None:
+            escaped = model.replace(":", r"\:")  # as the command line wants it
             raise ProviderError(
                 f"budget.usd needs the price of {model!r}, and provider {route.provider.name!r} "
-                f"has none. Give it one, in USD per million tokens: "
-                f"+provider.prices.'{model}'='{{input: 1, output: 2}}'"
+                "has none. Give it one, in USD per million tokens: "
+                f"'++provider.prices={{{escaped}: {{input: 1, output: 2}}}}'"
             )
 
 
@@ -270,7 +270,8 @@ def _unix_listener(path: Path) -> socket.socket:
 def _loopback_listeners() -> list[socket.socket]:
     """One, or none in a network namespace without a loopback interface."""
     listener = socket.socket()
-    # Inherited by what it accepts. asyncio would do it for sockets that name their protocol.
+    # Inherited by what it accepts; without it an answer in two parts waits 40 ms for the client's
+    # receipt of the first. (asyncio does it for sockets that name their protocol.)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         listener.bind(("127.0.0.1", 0))

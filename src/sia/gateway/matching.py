@@ -7,8 +7,7 @@ compared, and nothing else:
   and `cache_control` anywhere;
 - ids that link a tool's call to its result: numbered in the order in which they appear;
 - in all text: UUIDs and the same 32 digits without dashes, dates and times as ISO 8601 and as `ls`
-  and `date` write them, what follows "today's date" and its like, throw-away keys, and the checksum
-  that the Claude CLI puts into its first block.
+  and `date` write them, what follows "today's date" and its like, and throw-away keys.
 
 The last group could make two different questions look alike that differ in a date only. So a
 request has two digests: `exact` leaves text alone, `key` does not. Among recorded requests with the
@@ -38,21 +37,33 @@ IGNORED = frozenset(
 LINKS = frozenset({"call_id", "tool_call_id", "tool_use_id"})
 CALLS = frozenset({"function", "function_call", "tool_use", "server_tool_use"})
 
-# These run over JSON text: a line ends at a backslash, and `n` of an escaped newline may stand
-# right before a match.
+# They run over JSON text, where a line ends at a backslash. Conversations are long and this happens
+# for every call: each pattern begins with something that is rare and found fast, and those that do
+# not are only used if a cheaper one finds something.
 _DIGIT = "[0-9a-f]"
-_MOVING = re.compile(
-    rf"(?P<key>{KEY_PREFIX}{_DIGIT}{{{KEY_DIGITS}}})"
-    rf"|(?P<checksum>(?<=cch=){_DIGIT}+)"
-    r"|(?P<today>(?:today'?s date|today is|current date|current time)[^\\\".]{0,60})"
-    rf"|(?P<uuid>{_DIGIT}{{8}}(?:-{_DIGIT}{{4}}){{3}}-{_DIGIT}{{12}}"
-    rf"|(?<!{_DIGIT}){_DIGIT}{{32}}(?!{_DIGIT}))"
-    r"|(?P<time>(?<!\d)\d{4}-\d\d-\d\d(?!\d)"
-    r"(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?)?"
-    r"|(?:(?:mon|tue|wed|thu|fri|sat|sun) )?"
-    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec) {1,2}\d{1,2}"
-    r" \d\d:\d\d(?::\d\d)?(?: UTC)?(?: \d{4})?)",
-    re.IGNORECASE,
+_MOVING = (
+    ("<key>", re.compile(rf"{KEY_PREFIX}{_DIGIT}{{{KEY_DIGITS}}}")),
+    ("<today>", re.compile(r"oday(?:'?s date| is)[^\\\".]{0,60}")),
+    ("<today>", re.compile(r"urrent (?:date|time)[^\\\".]{0,60}")),
+    (
+        "<uuid>",
+        re.compile(
+            rf"{_DIGIT}{{8}}(?:(?:-{_DIGIT}{{4}}){{3}}-{_DIGIT}{{12}}|{_DIGIT}{{24}})(?!{_DIGIT})"
+        ),
+    ),
+    (
+        "<time>",
+        re.compile(
+            r"\d{4}-\d\d-\d\d(?!\d)"
+            r"(?:[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?)?"
+        ),
+    ),
+)
+_CLOCK = re.compile(r" \d\d:\d\d")
+_LISTED = re.compile(
+    r"(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) )?"
+    r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) {1,2}\d{1,2}"
+    r" \d\d:\d\d(?::\d\d)?(?: UTC)?(?: \d{4})?"
 )
 
 
@@ -68,7 +79,7 @@ def digest(wire: str, model: str, request: Any) -> Digest:
     """The two digests of a request of a wire format to the model of this exact id."""
     text = json.dumps(_fixed(request, {}), sort_keys=True, separators=(",", ":"))
     return Digest(
-        key=hashlib.sha256(f"{wire} {model} {_MOVING.sub(_name, text)}".encode()).hexdigest(),
+        key=hashlib.sha256(f"{wire} {model} {_settled(text)}".encode()).hexdigest(),
         exact=hashlib.sha256(f"{wire} {model} {text}".encode()).hexdigest(),
     )
 
@@ -76,11 +87,14 @@ def digest(wire: str, model: str, request: Any) -> Digest:
 def canonical(request: Any) -> str:
     """The text that is compared, spread over lines for a reader."""
     text = json.dumps(_fixed(request, {}), sort_keys=True, indent=1)
-    return _MOVING.sub(_name, text)
+    return _settled(text)
 
 
-def _name(found: re.Match[str]) -> str:
-    return f"<{found.lastgroup}>"
+def _settled(text: str) -> str:
+    """Text without what moves."""
+    for name, pattern in _MOVING:
+        text = pattern.sub(name, text)
+    return _LISTED.sub("<time>", text) if _CLOCK.search(text) else text
 
 
 def _fixed(value: Any, links: dict[str, str], *, top: bool = True) -> Any:

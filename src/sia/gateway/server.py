@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -84,7 +84,7 @@ class Following(Response):
                 if call.done:
                     length = sum(map(len, call.parts))
                     headers = {**headers, "content-length": str(length)}
-                raw = [(k.encode(), v.encode("latin-1")) for k, v in headers.items()]
+                raw = [(k.encode(), v.encode("latin-1", "replace")) for k, v in headers.items()]
                 await send({"type": "http.response.start", "status": call.status, "headers": raw})
                 started = True
             done = call.done
@@ -181,7 +181,7 @@ class Server:
                 ended.result(STOP_S)
 
     def check(self) -> None:
-        """Raises the first failure to record an answer."""
+        """Raises the first failure that was not one of a provider."""
         if self._failure is not None:
             raise self._failure
 
@@ -210,6 +210,7 @@ class Server:
             ws="none",
             lifespan="off",
             log_config=None,
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
@@ -248,6 +249,8 @@ class Server:
                 return await self._answer(wire, request)
             except Refusal as refusal:
                 return _error(refusal, anthropic=wire.anthropic)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody reads it
 
         return endpoint
 
@@ -283,7 +286,10 @@ class Server:
         lease = self._holder(request)
         body = await _body(request)
         asked, data = self._parse(lease, wire, body)
-        known = digest(wire.name, lease.model, data)
+        try:
+            known = digest(wire.name, lease.model, data)
+        except RecursionError as error:
+            raise Refusal(400, "the request is nested too deeply") from error
         if (call := self._repeated(lease, request, known.exact)) is not None:
             call.joined += 1
             call.left = max(0, call.left - 1)
@@ -297,7 +303,7 @@ class Server:
             request=data,
             digest=known,
             occurrence=occurrence,
-            headers={k: v for k in FORWARDED if (v := request.headers.get(k)) is not None},
+            headers={k: v for k in FORWARDED if (v := request.headers.get(k, "")) and v.isascii()},
             query="?beta=true" if request.query_params.get("beta") == "true" else "",
         )
         for recording in self._recordings:
@@ -328,7 +334,7 @@ class Server:
             )
         try:
             data = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refusal(400, f"the request is not JSON: {error}") from error
         asked = data.get("model") if isinstance(data, dict) else None
         if not isinstance(asked, str):
@@ -363,6 +369,10 @@ class Server:
         except asyncio.CancelledError:
             call.dropped = True
             call.finish(call.refuse(502, "the step has ended"))
+        except Exception as error:  # a bug: `check` raises it, and no client waits for ever
+            self._failure = self._failure or error
+            call.dropped = True
+            call.finish(call.refuse(500, f"the gateway failed: {error!r}"))
 
     @contextlib.asynccontextmanager
     async def _turn(self, call: Call) -> AsyncIterator[None]:
@@ -411,6 +421,7 @@ class Server:
             exact=call.digest.exact,
             source=source,
             cost_usd=0.0,
+            request_zlib=call.request_zlib() if self._keep_bodies else None,
             started_at=call.started_at,
             wall_s=round(time.monotonic() - call.clock, 6),
         )

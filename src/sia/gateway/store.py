@@ -198,8 +198,7 @@ class Store:
         Raises:
             RunDirectoryError: The disk is full or gone.
         """
-        row = [getattr(exchange, name) for name in _COLUMNS[1:]]
-        row[_COLUMNS.index("headers") - 1] = json.dumps(exchange.headers)
+        row = [_storable(getattr(exchange, name)) for name in _COLUMNS[1:]]
         try:
             return int(self._db.execute(_INSERT, row).lastrowid or 0)
         except sqlite3.Error as error:
@@ -264,6 +263,13 @@ def open_reader(path: Path) -> sqlite3.Connection | None:
     if failure is None:
         return None
     raise RunDirectoryError(f"{path} cannot be read: {failure}") from failure
+
+
+def _storable(value: Any) -> Any:
+    """A value as SQLite takes it; half a character, which it refuses, becomes a question mark."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return json.dumps(value) if isinstance(value, Mapping) else value
 
 
 def _check_version(db: sqlite3.Connection, path: Path) -> bool:

@@ -14,6 +14,8 @@ from typing import Any
 from sia.gateway.provider import Usage
 
 CHARACTERS_PER_TOKEN = 4  # where a vendor does not count
+MOST_TOKENS = 2**40  # a vendor that counts more miscounts
+TOO_DEEP = "the answer is nested too deeply"
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 ERROR_TYPES = {
@@ -23,6 +25,8 @@ ERROR_TYPES = {
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
 }
 
 
@@ -79,6 +83,9 @@ class Reader:
         except ValueError:
             self.failure = "the answer is not JSON"
             return
+        except RecursionError:
+            self.failure = TOO_DEEP
+            return
         if not isinstance(data, dict):
             self.failure = "the answer is not a JSON object"
             return
@@ -121,7 +128,7 @@ class Reader:
             return True
         try:
             data = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.failure = "the stream holds an event that is not JSON"
             return False
         if not isinstance(data, dict):
@@ -130,10 +137,13 @@ class Reader:
         return not (self._hide_usage and data.get("choices") == [] and data.get("usage"))
 
     def _see(self, data: dict[str, Any]) -> None:
-        if data.get("error"):
-            self.fail(data)
-        else:
-            self._wire.see(self, data)
+        try:
+            if data.get("error"):
+                self.fail(data)
+            else:
+                self._wire.see(self, data)
+        except RecursionError:
+            self.failure = TOO_DEEP
 
     def fail(self, error: dict[str, Any]) -> None:
         """Notes an error that the vendor puts into its answer."""
@@ -280,7 +290,7 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < MOST_TOKENS else 0
 
 
 def text_length(value: Any) -> int:
