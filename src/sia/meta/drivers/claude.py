@@ -11,10 +11,15 @@ a recorded session can be repeated. What still varies, and where:
 - the working folder, in the first user message and in answers of tools, where the sandbox has no
   fixed one (`sandbox=process`);
 - what commands print: dates (`ls -l` is made to print 2026-01-31 12:34), the user id of the
-  sandbox, timings, and with `env` a token of the CLI's.
+  sandbox, timings, and with `env` a token of the CLI's;
+- the name of a temporary file (`x.tmp.6.a8e59098fe58`) in the error of a Write or Edit to a folder
+  that cannot be written to;
+- where the answer of a Grep is cut that is longer than a megabyte.
 
 Switched off: calls for titles, telemetry, updates, feature flags, memory, reminders, background
 commands, and all second attempts at a call (the gateway makes them).
+
+The CLI needs bash at /bin/bash. It brings ripgrep and does without git, /etc and a network.
 """
 
 import argparse
@@ -84,6 +89,8 @@ def environment(model: str, folder: Path) -> dict[str, str]:
         "BASH_MAX_TIMEOUT_MS": str(COMMAND_MS),
         "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
         "CLAUDE_CODE_MAX_RETRIES": "0",
+        # Messages of the role `system`, which other vendors' servers refuse.
+        "CLAUDE_CODE_MODEL_CAPABILITIES": "-mid_conv_system",
         "CLAUDE_CODE_TMPDIR": str(folder),
         "CLAUDE_CONFIG_DIR": str(folder),
         "SHELL": "/bin/bash",
@@ -108,6 +115,7 @@ class Session:
         self._answered = asyncio.Condition()
         self._calls: set[str] = set()  # of tools, in answers that are complete
         self._open: set[str] = set()
+        self._before = 0  # tokens of earlier answers
         system = folder / "system.md"
         system.write_text(job["system"], encoding="utf-8")  # too long for an argument
         (folder / ".claude.json").write_text(json.dumps({"userID": DEVICE}), encoding="utf-8")
@@ -126,12 +134,14 @@ class Session:
             strict_mcp_config=True,
             verbatim_prompts=True,
             session_id=SESSION,
-            extra_args={"no-session-persistence": None},
             include_partial_messages=True,  # the only place that has an answer's usage
             max_buffer_size=BUFFER_MIB * 2**20,
             env=environment(job["model"], folder),
-            # An event of the CLI's that the SDK's types do not know of yet.
-            hooks={cast(HookEvent, "PostToolBatch"): [HookMatcher(hooks=[self._after_tools])]},
+            hooks={
+                # An event of the CLI's that the SDK's types do not know of yet.
+                cast(HookEvent, "PostToolBatch"): [HookMatcher(hooks=[self._after_tools])],
+                "PostToolUse": [HookMatcher(matcher="Bash", hooks=[name_output])],
+            },
             stderr=lambda line: print(line, file=sys.stderr),
         )
 
@@ -162,10 +172,12 @@ class Session:
         if kind == "message_start":
             self.turns += 1
             self._open.clear()
+            self._before = self.tokens
         elif kind == "content_block_start" and event["content_block"]["type"] == "tool_use":
             self._open.add(event["content_block"]["id"])
         elif kind == "message_delta":
-            self.tokens += event.get("usage", {}).get("output_tokens", 0)
+            # Of the answer so far; there may be several.
+            self.tokens = self._before + event.get("usage", {}).get("output_tokens", 0)
         elif kind == "message_stop":
             async with self._answered:
                 self._calls |= self._open
@@ -178,10 +190,22 @@ class Session:
         if self._max_tokens is None:
             return {}
         calls = {call["tool_use_id"] for call in cast(dict[str, Any], hook)["tool_calls"]}
-        async with self._answered:  # hooks may overtake the events that came before them
+        # Hooks may overtake the events that came before them. The CLI waits a minute for a hook.
+        async with self._answered:
             await self._answered.wait_for(lambda: calls <= self._calls)
         self.spent = self.tokens >= self._max_tokens
         return {"continue_": not self.spent}
+
+
+async def name_output(hook: HookInput, tool: str | None, _context: HookContext) -> HookJSONOutput:
+    """Gives the file with a command's long output, which the model gets to see, a fixed name."""
+    response = cast(dict[str, Any], hook)["tool_response"]
+    if "persistedOutputPath" not in response:
+        return {}
+    drawn_by_lot = Path(response["persistedOutputPath"])
+    named = drawn_by_lot.rename(drawn_by_lot.with_name(f"{tool}.txt"))
+    changed = {**response, "persistedOutputPath": str(named)}
+    return {"hookSpecificOutput": {"hookEventName": "PostToolUse", "updatedToolOutput": changed}}
 
 
 def report(message: AssistantMessage) -> None:
@@ -227,7 +251,10 @@ def main() -> None:
     try:
         session = Session(job, data=args.dataset_dir, work=args.working_dir, folder=folder)
         end, detail = ending(job, session, asyncio.run(session.run()))
-    except ClaudeSDKError as error:
+    except Exception as error:
+        # The SDK also raises bare ones: "Control request timeout: initialize".
+        if not isinstance(error, ClaudeSDKError) and type(error) is not Exception:
+            raise
         end, detail = "error", f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

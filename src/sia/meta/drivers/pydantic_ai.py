@@ -28,10 +28,12 @@ from typing import Annotated, Any
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field
 from pydantic_ai import Agent, ModelRetry, Tool, UsageLimits
-from pydantic_ai.exceptions import AgentRunError
-from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.exceptions import AgentRunError, UnexpectedModelBehavior
+from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.models import ModelRequestParameters
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.settings import ModelSettings
 from pydantic_ai.usage import RunUsage
 
 OUTPUT = 20_000  # characters of what a tool answers
@@ -40,6 +42,30 @@ READ_MIB = 16  # of a file that is read, edited or searched
 COMMAND_S, SEARCH_S = 120, 20
 FAILURES = 10  # of one tool in a row, after which the session ends
 DETAIL, PROGRESS = 500, 200  # characters of a line
+
+
+class Model(OpenAIChatModel):
+    """A model whose answers are never taken for bugs of this program."""
+
+    async def request(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
+    ) -> ModelResponse:
+        """Asks once.
+
+        Raises:
+            UnexpectedModelBehavior: The answer cannot be used, or half a character of an earlier
+                one cannot be sent back.
+            AgentRunError: The server failed.
+        """
+        try:
+            return await super().request(messages, model_settings, model_request_parameters)
+        except (LookupError, TypeError, ValueError) as error:  # what the SDK lets through
+            raise UnexpectedModelBehavior(
+                f"the answer cannot be used: {type(error).__name__}: {error}"
+            ) from error
 
 
 class Workspace:
@@ -327,9 +353,10 @@ async def converse(job: dict[str, Any], workspace: Workspace, usage: RunUsage) -
         AgentRunError: The model's server failed or answers what cannot be used.
     """
     client = AsyncOpenAI(max_retries=0)  # the gateway makes second attempts
-    model = OpenAIChatModel(job["model"], provider=OpenAIProvider(openai_client=client))
+    model = Model(job["model"], provider=OpenAIProvider(openai_client=client))
     agent = Agent(
         model,
+        output_type=[str, type(None)],  # many a model ends without a word
         instructions=job["system"],
         tools=workspace.tools(),
         retries={"tools": FAILURES, "output": 1},
@@ -347,7 +374,7 @@ async def converse(job: dict[str, Any], workspace: Workspace, usage: RunUsage) -
                     return "tokens", (
                         f"max_tokens={job['max_tokens']} reached: {usage.output_tokens} generated"
                     )
-    return "done", run.result.output if run.result else ""
+    return "done", (run.result.output or "") if run.result else ""
 
 
 def main() -> None:
