@@ -16,6 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sia.config import register
 
 HIDDEN_GROUPS = ("hydra", "schema")
+# Flags of Hydra whose value is a word of its own; it is no override.
+FLAGS_WITH_VALUE = (
+    "-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path",
+)  # fmt: skip
 HELP = "Groups and options: python -m sia --help"
 
 
@@ -44,6 +48,8 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
     for word in words:
         if word in ("-cd", "--config-dir"):
             folder = next(words, None)
+        elif word in FLAGS_WITH_VALUE:
+            next(words, None)
         elif word.startswith("--config-dir="):
             folder = word.partition("=")[2]
         elif not word.startswith("-"):

@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run: the only caller of `hydra.utils.instantiate`."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -206,7 +207,7 @@ def _route(provider: ProviderConfig, model: str) -> "Route":
     )
 
 
-def _meta(cfg: Config, checked: Checked, run: Path, gateway: Gateway | None) -> MetaBackend:
+def _meta(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None) -> MetaBackend:
     """The meta backend itself; where the configuration names an agent, the backend around it."""
     if not isinstance(checked.meta, Agent):
         return cast(MetaBackend, checked.meta)
@@ -214,13 +215,17 @@ def _meta(cfg: Config, checked: Checked, run: Path, gateway: Gateway | None) -> 
     from sia.meta.agent import AgentBackend
     from sia.meta.session import Sessions
 
-    task = checked.task
+    task, wall_s = checked.task, cfg.budget.wall_s
     return AgentBackend(
         sessions=Sessions(
-            agent=checked.meta, sandbox=checked.sandbox, gateway=gateway, data=task.public_dir
+            agent=checked.meta,
+            sandbox=checked.sandbox,
+            gateway=gateway,
+            data=task.public_dir,
+            left_s=lambda: math.inf if wall_s is None else wall_s - run.journal.elapsed_s,
         ),
         task=task,
-        run=run,
+        run=run.path,
         attempt_s=limits(cfg, task).attempt_s,
         limits=_attempt_limits(cfg, task),
         target_model=cfg.target.model is not None,
@@ -231,7 +236,7 @@ def parts(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None = 
     """Everything the loop needs, bound to a run directory. Starts the verifier's process."""
     return loop.Parts(
         metric=checked.task.metric,
-        meta=_meta(cfg, checked, run.path, gateway),
+        meta=_meta(cfg, checked, run, gateway),
         target=target(cfg, checked.task, checked.sandbox, gateway=gateway),
         verifier=TaskVerifier(task=checked.task, split="dev", deadline_s=cfg.task.verify_s),
         search=checked.search,

@@ -114,7 +114,8 @@ def examine(
             deadline_s = build.limits(cfg, checked.task).attempt_s
             attempt = target.run(name, harness=harness, out=out, deadline_s=deadline_s)
             if attempt.outcome is not Outcome.OK:
-                return ExamRow(name=name, note=f"{attempt.outcome}: {attempt.reason}", **fixed)
+                failure = f"{attempt.outcome}: {attempt.reason}"
+                return ExamRow(name=name, **{**fixed, "note": failure})
             submission = out / "submission"
             return _row(
                 name=name,

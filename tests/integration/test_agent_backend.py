@@ -212,6 +212,12 @@ def test_renamed_and_removed_files_are_gone(stage: Stage) -> None:
     assert proposal.changes == {"lib/old.py": "removed", "new.bin": "new, 1 bytes"}
 
 
+def test_a_session_that_the_end_of_the_run_cuts_short_counts_for_nothing(stage: Stage) -> None:
+    stage.left_s = 1
+    with pytest.raises(BudgetExceeded, match=r"budget\.wall_s is used up"):
+        stage.edit(f"{GOOD}; import time; time.sleep(60)")
+
+
 @pytest.mark.parametrize("end", ["turns", "tokens", "error"])
 def test_a_session_that_was_cut_off_is_used_for_what_it_left(stage: Stage, end: str) -> None:
     said = f"said.update(end={end!r}, detail='far enough', turns=40)"

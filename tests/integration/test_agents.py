@@ -95,7 +95,6 @@ def played(stage: Stage, kind: str, rules: Sequence[dict[str, Any]], **options: 
 def test_an_agent_edits_and_decides(stage: Stage, kind: str) -> None:
     parent = stage.scored()
     with serving(EDITS) as server, backend(stage, kind, server.url) as meta:
-        meta.check()
         request = stage.request(1, parent)
         proposal = meta.propose(request)
         assert (request.workspace / "target_agent.py").read_text() == f"{WROTE}\n"

@@ -1,6 +1,7 @@
 """The sealed test: opened once, after the run, and nothing before that can reach it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,33 @@ def test_the_exam_examines_the_recorded_answers_of_the_chosen_candidate(
     assert "dev labels added to train" in found.rows[2].note
     assert rundir.read_exam(run) == found
     assert not (run / "exam" / "public").exists()
+
+
+def test_a_refit_that_fails_is_a_row_with_its_reason(make: Make, toy: Task) -> None:
+    run = make("generations=1")
+    # It works on the public data, and crashes on those with the dev labels.
+    entry = run / "gen-000" / "cand-0" / "harness" / "target_agent.py"
+    entry.write_text(
+        entry.read_text().replace(
+            "    args = parser.parse_args()\n",
+            "    args = parser.parse_args()\n"
+            "    assert len((args.dataset_dir / 'train.csv').read_text().splitlines()) == 201\n",
+        )
+    )
+    refit = exam.examine(run).rows[-1]
+    assert (refit.name, refit.candidate, refit.test) == ("final refit", "g000-c0", None)
+    assert refit.note.startswith("crashed: exit code 1: AssertionError")
+
+
+def test_a_first_harness_of_ones_own_is_measured_against_the_reference(
+    make: Make, toy: Task, tmp_path: Path
+) -> None:
+    shutil.copytree(toy.reference_harness, tmp_path / "mine")
+    (tmp_path / "mine" / "harness.yaml").write_text("threshold: 0.4\nturn: 0\n")
+    run = make("generations=1", "target.harness=mine", "exam.final_refit=false")
+    assert f"harness: {tmp_path / 'mine'}" in (run / "config.yaml").read_text()
+    found = exam.examine(run)
+    assert list(rows(found)) == ["reference harness", "best by dev"]
 
 
 def test_the_exam_is_held_once_and_the_search_is_over(

@@ -96,6 +96,7 @@ def test_every_group_is_documented_in_the_help() -> None:
         (["debug=fst"], "Did you mean 'fast'?"),
         (["seed=abc"], "seed=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["foo"], "'foo' is not key=value"),
+        (["--cfg", "job", "generatons=3"], "There is no key 'generatons'."),
         (["-m", "task=toy,lawbnech"], "task='lawbnech' is not an option of task."),
     ],
 )

@@ -159,6 +159,10 @@ MOVING = {
     "ls": ("drwx 3 root 4096 Nov 25 16:10 .", "drwx 3 root 4096 Jan  2 09:01 ."),
     "date command": ("Wed Nov 25 17:02:32 UTC 2026\n", "Fri Jan  1 00:00:00 UTC 2027\n"),
     "today": ("Today's date is Tuesday the 3rd.\nGo", "Today's date is Friday the 13th.\nGo"),
+    "kernel": ("OS Version: Linux 6.1.0\nGo", "OS Version: Linux 6.12.1-arch\nGo"),
+    "temporary file": ("open a.py.tmp.6.0123456789ab", "open a.py.tmp.7.ba9876543210"),
+    "marker": ("SIA_ATTEMPT=0a1b2c3d", "SIA_ATTEMPT=ffff0000"),
+    "uid": ("uid=64100 gid=64100", "uid=64899 gid=64899"),
     "key": (f"key sia-{'0a' * 20}", f"key sia-{'1b' * 20}"),
 }
 DIFFERENT = {

@@ -7,7 +7,9 @@ compared, and nothing else:
   and `cache_control` anywhere;
 - ids that link a tool's call to its result: numbered in the order in which they appear;
 - in all text: UUIDs and the same 32 digits without dashes, dates and times as ISO 8601 and as `ls`
-  and `date` write them, what follows "today's date" and its like, and throw-away keys.
+  and `date` write them, what follows "today's date" and its like, throw-away keys, the kernel that
+  the Claude CLI names and its temporary files, and what a sandbox draws anew: the marker of an
+  attempt and the user id of its slot.
 
 The last group could make two different questions look alike that differ in a date only. So a
 request has two digests: `exact` leaves text alone, `key` does not. Among recorded requests with the
@@ -45,6 +47,10 @@ _MOVING = (
     ("<key>", re.compile(rf"{KEY_PREFIX}{_DIGIT}{{{KEY_DIGITS}}}")),
     ("<today>", re.compile(r"oday(?:'?s date| is)[^\\\".]{0,60}")),
     ("<today>", re.compile(r"urrent (?:date|time)[^\\\".]{0,60}")),
+    ("OS Version: <kernel>", re.compile(r"OS Version: [^\\\"]+")),
+    (".tmp.<temporary>", re.compile(rf"\.tmp\.\d+\.{_DIGIT}{{12}}")),
+    ("SIA_ATTEMPT=<marker>", re.compile(rf"SIA_ATTEMPT={_DIGIT}+")),
+    ("<uid>", re.compile(r"64[1-8]\d\d(?!\d)")),  # sia.sandbox.bwrap.FIRST_UID and those after it
     (
         "<uuid>",
         re.compile(

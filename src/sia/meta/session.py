@@ -8,13 +8,14 @@ What the agent leaves may be booby-trapped: it is taken back by `sia.sandbox.col
 """
 
 import json
+import math
 import os
 import secrets
 import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,6 +74,7 @@ class Sessions:
         gateway: The way to the agent's model.
         data: The public side of the task.
         limits: Of a session; None: the agent's own. Those of targets are too small for an agent.
+        left_s: Seconds that the run has left; a session that they cut short counts for nothing.
     """
 
     def __init__(
@@ -83,12 +85,14 @@ class Sessions:
         gateway: Gateway,
         data: Path,
         limits: Limits | None = None,
+        left_s: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.agent = agent
         self._sandbox = sandbox
         self._gateway = gateway
         self._data = data.resolve()
         self._limits = limits or agent.limits
+        self._left_s = left_s
         self._cancelled = False
         self._lock = threading.Lock()
         self._active: set[Cancel] = set()
@@ -120,7 +124,7 @@ class Sessions:
             max_turns: Fewer than the agent's own; None for those.
 
         Raises:
-            BudgetExceeded: A call was refused for lack of budget.
+            BudgetExceeded: A call was refused for lack of budget, or the run's time is over.
             MetaBackendError: The agent's interpreter lacks its SDK.
             TargetError: The sandbox does not work here.
             KeyboardInterrupt: `cancel` was called.
@@ -189,12 +193,15 @@ class Sessions:
                 )
                 launch = self._sandbox.launch(job)
                 _hand_over(work, launch.owner)
-                execution = _execute(launch, job, self.agent.session_s, cancel)
+                deadline_s = max(0.1, min(self.agent.session_s, self._left_s()))
+                execution = _execute(launch, job, deadline_s, cancel)
                 refused, answered = lease.refused, lease.answered
             end = _end(execution)
             _write_logs(out, execution, end, self._sandbox.name)
             if refused:
                 raise BudgetExceeded(refused)
+            if execution.outcome is Outcome.TIMEOUT and deadline_s < self.agent.session_s:
+                raise BudgetExceeded("budget.wall_s is used up")
             remove(workspace)
             return replace(end, answered=answered, refused=_take_back(work_fd, workspace, wanted))
         finally:

@@ -1,6 +1,7 @@
 """A run directory with one agent that follows the task's text, and no model."""
 
 import json
+import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ class Stage:
     root: Path
     sandbox: Sandbox
     session_s: float = 60.0
+    left_s: float = math.inf
     limits: Limits = LIMITS
     history: list[Shown] = field(default_factory=list)
 
@@ -127,6 +129,7 @@ class Stage:
             gateway=self.door,
             data=self.task.public_dir,
             limits=self.limits,
+            left_s=lambda: self.left_s,
         )
 
     def backend(self) -> AgentBackend:
