@@ -141,8 +141,9 @@ def _play(
         status, reason = "failed", str(error) or type(error).__name__
     best = tally.incumbent
     paid: Mapping[Role, Spend] = {}
+    unanswered: Sequence[str] = ()
     try:
-        paid = spend.of_run(run_dir.path)
+        paid, unanswered = spend.of_run(run_dir.path), spend.unanswered(run_dir.path)
     except SiaError as problem:
         error = error or problem
     result = RunResult(
@@ -161,6 +162,11 @@ def _play(
         error = error or problem  # a full disk has its message already
     if paid:
         Console(file=console.file, width=WIDTH).print(spend.table(paid))
+    if unanswered:
+        _say(
+            console,
+            f"replay    {len(unanswered)} requests have no recorded answer. {unanswered[0]}",
+        )
     if error is not None:
         raise error
     _report(console, result, tally, run_dir.path, checked.task.metric.name)

@@ -6,12 +6,17 @@ from pathlib import Path
 from rich.table import Table
 
 from sia.gateway.protocol import Role, Spend
-from sia.gateway.store import STORE_FILE, read_spend
+from sia.gateway.store import STORE_FILE, read_misses, read_spend
 
 
 def of_run(run: Path) -> dict[Role, Spend]:
     """What is recorded in a run directory; empty where no model was called."""
     return read_spend(run / STORE_FILE)
+
+
+def unanswered(run: Path) -> list[str]:
+    """What a replay had no answer for: one message per request, in order."""
+    return [miss.message for miss in read_misses(run / STORE_FILE)]
 
 
 def total(spend: Mapping[Role, Spend]) -> Spend:

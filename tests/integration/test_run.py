@@ -291,7 +291,7 @@ def test_a_resumed_run_may_go_further_but_not_become_another(sia: Sia, tmp_path:
     [
         (["task=lawbnech"], "Did you mean 'lawbench'?"),
         (["task=toy", "generations=0"], "generations=0 must be at least 1."),
-        (["task=toy", "target.harness=absent"], "neither 'reference' nor a folder"),
+        (["task=toy", "target.harness=absent"], "is neither a harness of task 'toy' (reference)"),
         (["resume=absent"], "absent holds no run"),
         (["task=toy", "meta=replay"], "meta.run"),
         (["-cd", "absent"], "there is no such folder"),
