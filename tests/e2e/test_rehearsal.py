@@ -207,11 +207,15 @@ def test_a_replay_without_a_network_gives_the_same_records(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_runs_it_as_well(agent: str, task_dir: Path, open_folder: Path) -> None:
-    become = ["setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups"]
-    python = openhands_python() if agent == "openhands" else sys.executable
-    probe = subprocess.run([*become, python, "-c", ""], capture_output=True, check=False)
-    if probe.returncode != 0:
-        pytest.skip(f"user {ORDINARY} may not run {python}")
+    # By way of a shell: setpriv itself would still open the program with the rights of root.
+    become = [
+        "setpriv", f"--reuid={ORDINARY}", f"--regid={ORDINARY}", "--clear-groups",
+        "sh", "-c", 'exec "$0" "$@"',
+    ]  # fmt: skip
+    for python in {sys.executable, openhands_python() if agent == "openhands" else sys.executable}:
+        probe = subprocess.run([*become, python, "-c", ""], capture_output=True, check=False)
+        if probe.returncode != 0:
+            pytest.skip(f"user {ORDINARY} may not run {python}")
     home = open_folder / agent
     home.mkdir()
     os.chown(home, ORDINARY, ORDINARY)
