@@ -1,6 +1,7 @@
 """What was wrong with a command line: every fault, with the nearest right name."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -152,5 +153,7 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     """The telling line of a Hydra or OmegaConf error; its cause where that says more."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if missing := re.search(r"Missing mandatory value: (\S+)", str(cause)):
+        return f"{missing[1]} has no value. Give it one: {missing[1]}=..."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[0] if lines else type(cause).__name__

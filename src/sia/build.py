@@ -22,7 +22,7 @@ from sia.rundir import RunDir
 from sia.sandbox import Environments, Limits, Sandbox
 from sia.sandbox.environments import holds
 from sia.target import HarnessRunner
-from sia.tasks import Task, find_task_dir, load_task
+from sia.tasks import Task
 from sia.tasks.task import ENTRY_POINT
 from sia.tracking import Tracker
 from sia.verify import TaskVerifier
@@ -76,7 +76,7 @@ def check(cfg: Config) -> Checked:
     ] or _faults(cfg)
     if faults:
         raise ConfigError("\n".join(faults))
-    task = load_task(find_task_dir(cfg.task.dir))
+    task = _task(cfg)
     sandbox_node = OmegaConf.masked_copy(
         cast(Any, cfg.sandbox), [key for key in cast(Any, cfg.sandbox) if key != "limits"]
     )
@@ -281,6 +281,14 @@ def part(node: Any, trusted: Sequence[str]) -> Any:
         if isinstance(error.__cause__, TypeError | ImportError | AttributeError):
             raise ConfigError(f"{name} cannot be built: {error.__cause__}") from error
         raise
+
+
+def _task(cfg: Config) -> Task:
+    """What `task._target_` makes of the folder."""
+    settings = [key for key in cast(Any, cfg.task) if key not in ("name", "verify_s")]
+    return cast(
+        Task, part(OmegaConf.masked_copy(cast(Any, cfg.task), settings), cfg.trusted_packages)
+    )
 
 
 def _faults(cfg: Config) -> list[str]:

@@ -5,6 +5,7 @@ Values live in `conf/`, except where an option has nothing but its defaults to s
 
 import secrets
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,9 +19,23 @@ TOKEN = secrets.token_hex(3)
 class TaskConfig:
     """Group `task`."""
 
+    _target_: str = "sia.tasks.open_folder"
     name: str = MISSING
     dir: str = MISSING  # resolved against the working directory, then against the checkout
     verify_s: float | None = None  # deadline of the verifier; null: the task's own
+
+
+@dataclass
+class ExternalTaskConfig(TaskConfig):
+    """task=external; the fields are explained in `sia.tasks.external`."""
+
+    _target_: str = "sia.tasks.external.open_external"
+    metric: str | None = None
+    direction: str | None = None
+    dev_fraction: float | None = 0.5
+    id: str | None = None
+    submission: list[str] | None = None
+    cache: str | None = None
 
 
 @dataclass
@@ -310,6 +325,7 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
+    "task": {"external": ExternalTaskConfig},
     "meta": {
         "optuna": OptunaConfig,
         "scripted": ScriptedConfig,
@@ -343,6 +359,9 @@ def register() -> None:
         for name, schema in options.items():
             store.store(group=f"schema/{group}", name=name, node=schema)
     OmegaConf.register_new_resolver("sia_token", lambda: TOKEN, replace=True)
+    OmegaConf.register_new_resolver(
+        "sia_folder", lambda path: Path(path).expanduser().resolve().name, replace=True
+    )
     OmegaConf.register_new_resolver(
         "sia_run_dir", lambda resume, fresh: resume or fresh, replace=True
     )

@@ -85,6 +85,9 @@ def examine(
     workshop = run / "exam"
     rundir.remove_tree(workshop)  # of an exam that was interrupted
     refit = cfg.exam.final_refit if final_refit is None else final_refit
+    if refit and not (checked.task.root / "prepare.py").is_file():
+        say("no final refit: nobody can say how dev labels are added to the data of this task")
+        refit = False
 
     with (
         closing(TaskVerifier(task=checked.task, split="dev")) as dev,
@@ -155,9 +158,10 @@ def examine(
         run_id=info.run_id,
         task=info.task,
         metric=checked.task.metric.name,
-        n_items=checked.task.facts.splits["test"],
+        n_items=checked.task.facts.splits.get("test", 0),
         opened_at=datetime.now(UTC).isoformat(timespec="seconds"),
         sandbox=checked.sandbox.name,
+        warnings=checked.task.facts.warnings,
         rows=tuple(_with_intervals(row, rows[0], info.seed) for row in rows),
     )
     rundir.write_atomic(run / rundir.EXAM_FILE, to_json(exam, pretty=True))

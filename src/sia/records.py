@@ -250,7 +250,12 @@ class ExamRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """The sealed test of one run, opened: `exam.json`."""
+    """The sealed test of one run, opened: `exam.json`.
+
+    Attributes:
+        n_items: Of the sealed test; 0 where nobody knows them.
+        warnings: What the task cannot promise.
+    """
 
     run_id: str
     task: str
@@ -259,6 +264,7 @@ class Exam:
     opened_at: str
     sandbox: str
     rows: tuple[ExamRow, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def to_json(record: Any, *, pretty: bool = False) -> bytes:

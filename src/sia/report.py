@@ -102,6 +102,7 @@ def _footer(run: Path, exam: Exam) -> str:
     return (
         "Chosen by dev score alone. Intervals: bootstrap over test items; gains are paired. "
         f"{spent}; sandbox {exam.sandbox}; test opened {exam.opened_at}."
+        + "".join(f"\nWarning: {warning}" for warning in exam.warnings)
     )
 
 

@@ -68,6 +68,8 @@ def run(
     try:
         _say(console, f"run       {path}")
         _say(console, f"task      {info.task} v{info.task_version}: {checked.task.facts.title}")
+        for warning in checked.task.facts.warnings:
+            _say(console, f"warning   {warning}")
         _say(console, f"sandbox   {checked.sandbox.protects}")
         with gateway as models:
             return _play(cfg, checked, run_dir, models, console)

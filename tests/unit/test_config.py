@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sia import advice, build, help
 from sia.config import SCHEMAS
@@ -24,6 +25,8 @@ GROUPS = (
 NEEDS = {
     "meta=replay": ["meta.run=RECORDED"],
     "target=llm": ["target.model=x", "provider=ollama"],
+    "task=folder": ["task.dir=tasks/toy"],
+    "task=external": ["task.dir=RECORDED/upstream", "task.cache=RECORDED/cache"],
 }
 MACHINE = {"sandbox=docker", "sandbox=bwrap"}
 
@@ -36,7 +39,14 @@ def options() -> Iterator[str]:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
+    """A folder with a recorded run and with a task in the upstream form."""
     (tmp_path / "journal.jsonl").write_text("")
+    for name in (
+        "data/public/task.md", "data/public/evaluate.py", "data/private/truth.csv",
+        "reference/reference_target_agent.py",
+    ):  # fmt: skip
+        (tmp_path / "upstream" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "upstream" / name).write_text("")
     return tmp_path
 
 
@@ -52,7 +62,7 @@ def test_every_option_composes_validates_and_builds(
     except SiaError:
         assert option in MACHINE
         return
-    assert (CONF / "task" / f"{checked.task.name}.yaml").is_file()
+    assert checked.task.name == cfg.task.name
     assert build.limits(cfg, checked.task).generations >= 1
 
 
@@ -121,6 +131,15 @@ def test_values_out_of_range_are_reported_together(composed: Callable) -> None:
     with pytest.raises(ConfigError) as error:
         build.check(cfg)
     assert str(error.value).count("\n") == 2
+
+
+@pytest.mark.parametrize("option", ["folder", "external"])
+def test_a_task_that_is_a_folder_asks_for_it(option: str, composed: Callable) -> None:
+    cfg = composed([f"task={option}"])
+    with pytest.raises(OmegaConfBaseException) as error:  # as Hydra, for the run directory
+        str(cfg.task.name)
+    found = advice.explain([f"task={option}"], error.value)
+    assert found == "task.dir has no value. Give it one: task.dir=..."
 
 
 def test_a_target_outside_sia_is_not_built_unless_trusted(composed: Callable) -> None:

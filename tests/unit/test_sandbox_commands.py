@@ -10,7 +10,13 @@ import pytest
 from sia.errors import TargetError
 from sia.sandbox import Bwrap, Docker, Process
 from sia.sandbox.auto import auto
-from sia.sandbox.collect import Refused, collect_submission, collect_trajectories, excess
+from sia.sandbox.collect import (
+    Refused,
+    collect_any,
+    collect_submission,
+    collect_trajectories,
+    excess,
+)
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import Output
 from sia.sandbox.protocol import Job, Launch, Limits, Runtime
@@ -182,6 +188,28 @@ def test_submission_may_lie_in_folders(work: Path) -> None:
     (work / "y.csv").write_text("y")
     out = collect(work, "a/b/x.csv", "y.csv")
     assert (out / "a/b/x.csv").read_text() == "x"
+
+
+def test_of_several_patterns_the_first_that_matches_gives_one_file(work: Path) -> None:
+    (work / "results").mkdir()
+    for name in ("results.json", "output2.json", "output1.json"):
+        (work / name).write_text(name)
+    patterns = ("submission.csv", "results/*.json", "output*.json")
+    out = work.parent / "submission"
+    fd = os.open(work, os.O_RDONLY)
+    try:
+        collect_any(fd, patterns, max_mib=1, out=out)
+        assert [path.name for path in out.iterdir()] == ["output2.json"]
+        (work / "results" / "a.json").write_text("a")
+        collect_any(fd, patterns, max_mib=1, out=work.parent / "second")
+        assert (work.parent / "second/results/a.json").read_text() == "a"
+        (work / "submission.csv").symlink_to("/etc/hostname")
+        with pytest.raises(Refused, match=r"submission\.csv is a symbolic link"):
+            collect_any(fd, patterns, max_mib=1, out=work.parent / "third")
+        with pytest.raises(Refused, match=r"none of \*\.txt in the working folder"):
+            collect_any(fd, ["*.txt"], max_mib=1, out=work.parent / "fourth")
+    finally:
+        os.close(fd)
 
 
 def test_folder_on_the_way_may_not_be_a_link(work: Path) -> None:

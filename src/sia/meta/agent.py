@@ -285,9 +285,11 @@ class AgentBackend:
 
     def _contract(self) -> dict[str, object]:
         """What the prompts for a harness say of the attempt."""
+        submission = self._task.facts.submission
+        one = ", or ".join(f"`{name}`" for name in submission.any_of)
         return {
-            "files": [f"`{name}`" for name in self._task.facts.submission.files],
-            "max_mib": self._task.facts.submission.max_mib,
+            "files": [one] if one else [f"`{name}`" for name in submission.files],
+            "max_mib": submission.max_mib,
             "attempt_s": self._attempt_s,
             "memory_mib": self._limits.memory_mib,
             "processes": self._limits.processes,

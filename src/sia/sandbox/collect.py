@@ -4,6 +4,7 @@ Every name is opened relative to a descriptor of its folder, without following l
 regular files are read: a link to a host file or a pipe without a writer is refused.
 """
 
+import fnmatch
 import itertools
 import os
 import re
@@ -43,6 +44,36 @@ def collect_submission(work_fd: int, files: Sequence[str], *, max_mib: float, ou
     for name in files:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         left -= _take(work_fd, name, out / name, left)
+
+
+def collect_any(work_fd: int, patterns: Sequence[str], *, max_mib: float, out: Path) -> None:
+    """Copies one file below `out`: of the first pattern that matches, the last one by name.
+
+    Args:
+        work_fd: The working folder, opened before the target could replace it.
+        patterns: Such as `submission*.csv` or `results/*.json`; a folder is named in full.
+        max_mib: Its size.
+        out: A new folder.
+
+    Raises:
+        Refused: None matches, or the file is not a regular one, or is too large.
+    """
+    for pattern in patterns:
+        folder = str(Path(pattern).parent)
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=work_fd)
+        except OSError:
+            continue
+        try:
+            with os.scandir(fd) as entries:
+                found = [entry.name for entry in itertools.islice(entries, MAX_ENTRIES)]
+        finally:
+            os.close(fd)
+        if names := fnmatch.filter(found, Path(pattern).name):
+            name = max(names) if folder == "." else f"{folder}/{max(names)}"
+            collect_submission(work_fd, [name], max_mib=max_mib, out=out)
+            return
+    raise Refused(f"none of {', '.join(patterns)} in the working folder")
 
 
 def collect_trajectories(work_fd: int, out: Path) -> int:

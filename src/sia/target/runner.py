@@ -13,7 +13,12 @@ from sia.errors import BudgetExceeded, TargetError
 from sia.gateway.protocol import Gateway, Lease, Role
 from sia.records import Attempt, Outcome
 from sia.rundir import write_error
-from sia.sandbox.collect import Refused, collect_submission, collect_trajectories
+from sia.sandbox.collect import (
+    Refused,
+    collect_any,
+    collect_submission,
+    collect_trajectories,
+)
 from sia.sandbox.environments import BuildFailed, Environments, current_runtime, holds
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
 from sia.sandbox.protocol import Job, Limits, Sandbox
@@ -166,9 +171,12 @@ class HarnessRunner:
         trajectories = collect_trajectories(work_fd, out / "agent_execution")
         outcome, reason = execution.outcome, execution.reason
         if outcome is Outcome.OK:
-            files, max_mib = self._submission.files, self._submission.max_mib
+            wanted, place = self._submission, out / "submission"
             try:
-                collect_submission(work_fd, files, max_mib=max_mib, out=out / "submission")
+                if wanted.any_of:
+                    collect_any(work_fd, wanted.any_of, max_mib=wanted.max_mib, out=place)
+                else:
+                    collect_submission(work_fd, wanted.files, max_mib=wanted.max_mib, out=place)
             except Refused as refused:
                 outcome, reason = Outcome.NO_SUBMISSION, str(refused)
                 remove(out / "submission")

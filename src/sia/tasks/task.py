@@ -46,9 +46,17 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What is collected from the target's working folder."""
+    """What is collected from the target's working folder.
 
-    files: tuple[str, ...]
+    Attributes:
+        files: Relative paths, all of them required.
+        any_of: Patterns such as `results/*.json`; of the first that matches, the last file by name
+            is taken, and one must match. `files` is empty then.
+        max_mib: Size of all files together.
+    """
+
+    files: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
     max_mib: float = 16.0
 
 
@@ -66,7 +74,9 @@ class Source:
     """Where the raw data come from: members of a wheel on the package index, by hash.
 
     Attributes:
-        kind: `wheel`, or `generated` for tasks whose prepare.py makes its data from the seed.
+        kind: `wheel`; `generated` for tasks whose prepare.py makes its data from the seed; `file`
+            where they lie beside prepare.py; `folder` for tasks that were staged from a folder of
+            another form, and whose splits were made by that.
         members: Name in `data/raw` -> member of the wheel.
         also: Further wheels, for data that no single one holds.
     """
@@ -98,6 +108,7 @@ class TaskFacts:
         harnesses: Name for `target.harness` -> folder, besides `reference`.
         baselines: Name in the report -> folder of a harness that the exam runs.
         report: Metric -> header of a further column.
+        warnings: What the task cannot promise; shown at the start of a run and below its exam.
     """
 
     name: str
@@ -113,6 +124,7 @@ class TaskFacts:
     harnesses: dict[str, str] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
     report: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +196,8 @@ def load_task(root: Path) -> Task:
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise TaskError(f"{path} breaks the task contract: {error}") from error
     entries = [f"{folder}/{ENTRY_POINT}" for folder in ("harness", *facts.harnesses.values())]
-    for name in ("task.md", "prepare.py", "verify.py", *entries):
+    prepare = () if facts.source.kind == "folder" else ("prepare.py",)
+    for name in ("task.md", *prepare, "verify.py", *entries):
         if not (root / name).is_file():
             raise TaskError(f"Task {facts.name!r} in {root} has no {name}. See docs/tasks.md.")
     if facts.metric.direction not in ("maximize", "minimize"):
@@ -192,6 +205,11 @@ def load_task(root: Path) -> Task:
             f"{path}: metric.direction={facts.metric.direction!r} is neither maximize nor minimize."
         )
     return Task(facts=facts, root=root)
+
+
+def open_folder(*, dir: str) -> Task:
+    """The task in a folder of our own contract; see `find_task_dir` and `load_task`."""
+    return load_task(find_task_dir(dir))
 
 
 def load_module(path: Path) -> ModuleType:
