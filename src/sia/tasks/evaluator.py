@@ -75,6 +75,7 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         ValueError: The submission cannot be scored, with one line that says why.
         RuntimeError: The evaluator is at fault.
     """
+    labels_dir = labels_dir.resolve()
     judge = msgspec.json.decode((labels_dir / JUDGE_FILE).read_bytes(), type=Judge)
     files = sorted(path for path in submission_dir.rglob("*") if path.is_file())
     with tempfile.TemporaryDirectory(prefix="sia-evaluator-") as folder:
@@ -215,7 +216,10 @@ def _score(judge: Judge, results: Any, kept: Kept | None, labels_dir: Path) -> d
     }
     if is_share(judge.metric):
         count = _count(results, len(judge.ids))
-        items = _said_items(results, judge) or _equal_items(judge, kept, count, labels_dir)
+        items = _said_items(results, judge)
+        if not items:
+            told = None if reported is None or not answered else reported * len(answered)
+            items = _equal_items(judge, kept, (count, told), labels_dir)
         score = sum(items.values()) / len(judge.ids) if items else None
         if score is None and count is not None:
             score = count / len(judge.ids)
@@ -317,7 +321,7 @@ def _said(entry: Any, names: tuple[str, ...]) -> tuple[str, float | None]:
 
 
 def _equal_items(
-    judge: Judge, kept: Kept, count: float | None, labels_dir: Path
+    judge: Judge, kept: Kept, told: tuple[float | None, float | None], labels_dir: Path
 ) -> dict[str, float]:
     """1 for each answer that equals the private table's; empty where the evaluator disagrees."""
     path = labels_dir / "private" / judge.key
@@ -329,6 +333,9 @@ def _equal_items(
         cells = kept.cells.get(item, {})
         hits = [cells.get(name, "").strip() == truth[item][name].strip() for name in judge.labels]
         items[item] = float(all(hits))
-    if judge.metric != EXACT and count != sum(items.values()):
+    total = sum(items.values())
+    if judge.metric != EXACT and not any(
+        count is not None and abs(count - total) < 1e-6 for count in told
+    ):
         return {}
     return items

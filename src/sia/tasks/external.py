@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ def stage(
     id: str | None = None,
     submission: Sequence[str] | None = None,
     version: int = 1,
+    keep_source: bool = True,
+    package: str = UPSTREAM_PACKAGE,
     **facts: Any,
 ) -> None:
     """Writes the folder of our contract to `root`, all of it or nothing.
@@ -142,6 +144,8 @@ def stage(
         id: As above.
         submission: As above.
         version: Of the task.
+        keep_source: Whether `source` will still be there when submissions are scored.
+        package: On the index, that holds the answers; empty: none does.
         **facts: Further entries of `task.yaml`.
 
     Raises:
@@ -166,7 +170,8 @@ def stage(
         try:
             _copy(source, fresh)
             for split, ids in sides.items():
-                _write_side(source, fresh, split, ids, items, metric)
+                judge = Judge(metric=metric, source=str(source) if keep_source else "")
+                _write_side(source, fresh, split, ids, items, judge)
         except (OSError, ValueError, shutil.Error) as error:
             raise TaskError(f"{source} cannot be staged in {root.parent}: {error}") from error
         maximize = direction != "minimize"
@@ -180,7 +185,7 @@ def stage(
             },
             "submission": {"files": list(submission or ())}
             | ({} if submission else {"any_of": list(SUBMISSIONS)}),
-            "source": {"kind": "folder", "package": UPSTREAM_PACKAGE},
+            "source": {"kind": "folder", "package": package},
             "splits": {split: len(ids) for split, ids in sides.items()},
             "limits": {"attempt_s": 600.0, "verify_s": 300.0},
             "warnings": list(_warnings(items, dev_fraction)),
@@ -295,26 +300,24 @@ def _copy(source: Path, fresh: Path) -> None:
 
 
 def _write_side(
-    source: Path, fresh: Path, split: str, ids: Sequence[str], items: Items | None, metric: str
+    source: Path, fresh: Path, split: str, ids: Sequence[str], items: Items | None, judge: Judge
 ) -> None:
     """The private files of one split, and what the evaluator's guard knows about it."""
     private = source / "data" / "private"
     side = fresh / "data" / "private" / split
     side.parent.mkdir(exist_ok=True, mode=0o700)
     shutil.copytree(private, side / "private")
-    judge = Judge(metric=metric, source=str(source))
     if items is not None:
         columns = (items.key.column,) if items.key.column else ()
         for path in items.files:
             copy = side / "private" / path.relative_to(private)
             copy.write_text(keep(path, ids, columns=columns).text, encoding="utf-8")
-        judge = Judge(
-            metric=metric,
+        judge = replace(
+            judge,
             ids=tuple(ids),
             columns=columns,
             key=items.file.relative_to(private).as_posix(),
             labels=_labels(source, items),
-            source=str(source),
         )
     (side / JUDGE_FILE).write_bytes(msgspec.json.encode(judge))
 
