@@ -39,6 +39,14 @@ class ExternalTaskConfig(TaskConfig):
 
 
 @dataclass
+class HarborTaskConfig(TaskConfig):
+    """task=harbor; the fields are explained in `sia.tasks.harbor`."""
+
+    _target_: str = "sia.tasks.harbor.open_harbor"
+    cache: str | None = None
+
+
+@dataclass
 class MetaConfig:
     """Group `meta`."""
 
@@ -325,7 +333,7 @@ class Config:
 
 
 SCHEMAS: dict[str, dict[str, type]] = {
-    "task": {"external": ExternalTaskConfig},
+    "task": {"external": ExternalTaskConfig, "harbor": HarborTaskConfig},
     "meta": {
         "optuna": OptunaConfig,
         "scripted": ScriptedConfig,

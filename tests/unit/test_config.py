@@ -26,6 +26,7 @@ NEEDS = {
     "meta=replay": ["meta.run=RECORDED"],
     "target=llm": ["target.model=x", "provider=ollama"],
     "task=folder": ["task.dir=tasks/toy"],
+    "task=harbor": ["task.dir=RECORDED/harbor", "task.cache=RECORDED/cache"],
     "task=external": ["task.dir=RECORDED/upstream", "task.cache=RECORDED/cache"],
 }
 MACHINE = {"sandbox=docker", "sandbox=bwrap"}
@@ -39,7 +40,7 @@ def options() -> Iterator[str]:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """A folder with a recorded run and with a task in the upstream form."""
+    """A folder with a recorded run, and with tasks in the upstream form and in Harbor's."""
     (tmp_path / "journal.jsonl").write_text("")
     for name in (
         "data/public/task.md", "data/public/evaluate.py", "data/private/truth.csv",
@@ -47,6 +48,9 @@ def recorded(tmp_path: Path) -> Path:
     ):  # fmt: skip
         (tmp_path / "upstream" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "upstream" / name).write_text("")
+    for name in ("task.toml", "instruction.md", "tests/test.sh"):
+        (tmp_path / "harbor" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "harbor" / name).write_text("")
     return tmp_path
 
 
@@ -133,7 +137,7 @@ def test_values_out_of_range_are_reported_together(composed: Callable) -> None:
     assert str(error.value).count("\n") == 2
 
 
-@pytest.mark.parametrize("option", ["folder", "external"])
+@pytest.mark.parametrize("option", ["folder", "external", "harbor"])
 def test_a_task_that_is_a_folder_asks_for_it(option: str, composed: Callable) -> None:
     cfg = composed([f"task={option}"])
     with pytest.raises(OmegaConfBaseException) as error:  # as Hydra, for the run directory

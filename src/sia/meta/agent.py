@@ -288,7 +288,9 @@ class AgentBackend:
         submission = self._task.facts.submission
         one = ", or ".join(f"`{name}`" for name in submission.any_of)
         return {
-            "files": [one] if one else [f"`{name}`" for name in submission.files],
+            "files": [one or "whatever `task.md` asks for"]
+            if submission.any_of or submission.tree
+            else [f"`{name}`" for name in submission.files],
             "max_mib": submission.max_mib,
             "attempt_s": self._attempt_s,
             "memory_mib": self._limits.memory_mib,

@@ -182,10 +182,12 @@ class Bwrap:
                 ("--ro-bind", str(job.endpoint.socket), GATEWAY),
             ]
         # bwrap makes parent folders that only its own user can enter.
-        for parent in _parents(destination for _, _, destination in binds):
+        for parent in _parents([*(destination for _, _, destination in binds), *job.links]):
             argv += ["--perms", "0755", "--dir", parent]
         for bind in binds:
             argv += bind
+        for link, place in job.links.items():
+            argv += ["--symlink", place, link]
         return [*argv, "--remount-ro", "/"]
 
 

@@ -1,7 +1,7 @@
 """What a sandbox is given, what it makes of it, and what it promises."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +65,7 @@ class Job:
             ids.
         marker: A token in the environment by which strays of this attempt are found.
         endpoint: The only thing outside that the program can reach; None: nothing.
+        links: Symbolic links inside, path -> where it leads; bubblewrap alone can make them.
     """
 
     data: Path
@@ -76,6 +77,7 @@ class Job:
     marker: str
     entry: str = "target_agent.py"
     endpoint: Endpoint | None = None
+    links: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,13 @@ from sia.gateway.protocol import Gateway, Lease, Role
 from sia.records import Attempt, Outcome
 from sia.rundir import write_error
 from sia.sandbox.collect import (
+    TRAJECTORIES,
+    TRAJECTORY,
     Refused,
     collect_any,
     collect_submission,
     collect_trajectories,
+    collect_tree,
 )
 from sia.sandbox.environments import BuildFailed, Environments, current_runtime, holds
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
@@ -25,6 +28,7 @@ from sia.sandbox.protocol import Job, Limits, Sandbox
 from sia.sandbox.staging import copy_read_only, remove
 from sia.tasks.task import Task
 
+MAX_TREE_FILES = 5_000  # of a submission that is the whole folder
 MIN_FREE_BYTES = 2**18  # an attempt leaves more than that
 # All that a run leaves in `out`, and what an earlier one that was killed may have left there.
 LEAVINGS = (
@@ -173,7 +177,12 @@ class HarnessRunner:
         if outcome is Outcome.OK:
             wanted, place = self._submission, out / "submission"
             try:
-                if wanted.any_of:
+                if wanted.tree:
+                    collect_tree(
+                        work_fd, place, skip=_is_trajectory, max_files=MAX_TREE_FILES,
+                        max_mib=wanted.max_mib,
+                    )  # fmt: skip
+                elif wanted.any_of:
                     collect_any(work_fd, wanted.any_of, max_mib=wanted.max_mib, out=place)
                 else:
                     collect_submission(work_fd, wanted.files, max_mib=wanted.max_mib, out=place)
@@ -187,6 +196,10 @@ class HarnessRunner:
             exit_code=execution.exit_code,
             trajectories=trajectories,
         )
+
+
+def _is_trajectory(path: str) -> bool:
+    return path.partition("/")[0] in (TRAJECTORY, TRAJECTORIES, "__pycache__")
 
 
 def _write_logs(out: Path, *, stdout: str, stderr: str, usage: dict[str, object]) -> None:

@@ -52,11 +52,13 @@ class Submission:
         files: Relative paths, all of them required.
         any_of: Patterns such as `results/*.json`; of the first that matches, the last file by name
             is taken, and one must match. `files` is empty then.
+        tree: All regular files of the working folder are taken, and there may be none.
         max_mib: Size of all files together.
     """
 
     files: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
+    tree: bool = False
     max_mib: float = 16.0
 
 
