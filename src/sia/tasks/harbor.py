@@ -173,7 +173,7 @@ def read_dockerfile(context: Path) -> Image:
     env: dict[str, str] = {}
     copies: list[tuple[str, str]] = []
     hindrances: list[str] = []
-    froms = 0
+    bases = 0
     text = re.sub(r"\\\s*\n", " ", path.read_text("utf-8", errors="replace"))
     for line in map(str.strip, text.splitlines()):
         if not line or line.startswith("#"):
@@ -181,9 +181,9 @@ def read_dockerfile(context: Path) -> Image:
         word, _, rest = line.partition(" ")
         word, rest = word.upper(), rest.strip()
         if word == "FROM":
-            froms += 1
+            bases += 1
             base = rest.split()[0].rpartition("/")[2].partition(":")[0].lower()
-            if froms > 1 or base not in BASES:
+            if bases > 1 or base not in BASES:
                 hindrances.append(f"Dockerfile: {line[:80]}")
         elif word == "WORKDIR":
             workdir = posixpath.normpath(posixpath.join(workdir, rest.strip("\"'")))
