@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,13 @@ def test_bwrap_shows_nothing_of_the_host_but_what_is_listed(tmp_path: Path) -> N
         assert Path(private) not in shown
     size = argv.index(str(5 * 2**20))
     assert list(argv[size - 1 : size + 3]) == ["--size", str(5 * 2**20), "--tmpfs", "/tmp"]
+
+
+def test_bwrap_shows_devices_that_a_job_names_and_no_others(tmp_path: Path) -> None:
+    card = Path("/dev/nvidia0")
+    assert "--dev-bind" not in options(launch_and_close(Bwrap(), job(tmp_path)))
+    launch = launch_and_close(Bwrap(), replace(job(tmp_path), devices=(card,)))
+    assert f"--dev /dev --dev-bind {card} {card}" in options(launch)
 
 
 def test_bwrap_refuses_a_task_inside_the_interpreter(tmp_path: Path) -> None:

@@ -148,10 +148,11 @@ class Bwrap:
     def _mounts(self, job: Job) -> list[str]:
         """Everything that exists inside, in the order in which it is put there."""
         tmpfs = ["--perms", "1777", "--size"]
+        devices = [part for path in job.devices for part in ("--dev-bind", str(path), str(path))]
         # /proc is read-only: to the kernel, root in a user namespace is still the owner of
         # /proc/sys, and a core_pattern runs programs on the host.
         argv = [
-            "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev",
+            "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", *devices,
             *tmpfs, str(SHM_MIB * 2**20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
             *tmpfs, str(self._tmp_mib * 2**20), "--tmpfs", "/tmp",
         ]  # fmt: skip

@@ -66,6 +66,7 @@ class Job:
         marker: A token in the environment by which strays of this attempt are found.
         endpoint: The only thing outside that the program can reach; None: nothing.
         links: Symbolic links inside, path -> where it leads; bubblewrap alone can make them.
+        devices: Device files that bwrap shows inside, for instance those of a GPU.
     """
 
     data: Path
@@ -78,6 +79,7 @@ class Job:
     entry: str = "target_agent.py"
     endpoint: Endpoint | None = None
     links: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

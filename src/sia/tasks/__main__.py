@@ -54,6 +54,7 @@ def _folder(name: str) -> Path:
 
 
 def _check(task: Task) -> int:
+    task.check_needs()
     if not task.has_data():
         raise TaskError(
             f"The data of task {task.name!r} are not here. Get them: dvc repro split@{task.name}"

@@ -68,15 +68,17 @@ def split(task: Task, *, seed: int) -> None:
 
 
 def ensure(task: Task, *, ask: bool) -> None:
-    """Makes sure that the splits are on this machine; makes them if that needs no network.
+    """Makes sure that a task can be run here; makes its splits if that needs no network.
 
     Args:
         task: Whose data.
         ask: Whether somebody is there to be asked.
 
     Raises:
-        TaskError: The data are missing, with the command that gets them.
+        TaskError: The data or a package that the task needs are missing, with the command that gets
+            them.
     """
+    task.check_needs()
     if task.has_data():
         return
     if task.facts.source.kind in LOCAL:

@@ -111,6 +111,7 @@ class TaskFacts:
         baselines: Name in the report -> folder of a harness that the exam runs.
         report: Metric -> header of a further column.
         warnings: What the task cannot promise; shown at the start of a run and below its exam.
+        needs: Package that the task cannot do without -> extra of SIA that brings it.
     """
 
     name: str
@@ -127,6 +128,7 @@ class TaskFacts:
     baselines: dict[str, str] = field(default_factory=dict)
     report: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    needs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,19 @@ class Task:
     def labels_dir(self, split: str) -> Path:
         """Private labels of `dev` or `test`; for the verifier alone."""
         return self.root / "data" / "private" / split
+
+    def check_needs(self) -> None:
+        """Finds out whether the packages that the task needs are installed.
+
+        Raises:
+            TaskError: One is not, with the command that installs it.
+        """
+        for package, extra in self.facts.needs.items():
+            if importlib.util.find_spec(package) is None:
+                raise TaskError(
+                    f"Task {self.name!r} needs the package {package!r}, which is not installed. "
+                    f"Install it: pip install -e '.[{extra}]'"
+                )
 
     def has_data(self) -> bool:
         """Whether the splits have been made on this machine."""
