@@ -1,22 +1,27 @@
 """From a configuration to the parts of a run: the only caller of `hydra.utils.instantiate`."""
 
+import atexit
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from sia import loop
-from sia.config import Config, ProviderConfig
+from sia.config import Config, ProviderConfig, ServeConfig
 from sia.errors import ConfigError, MetaBackendError, SiaError
 from sia.gateway.protocol import Gateway, Role
 from sia.meta import MetaBackend
 from sia.meta.agents import Agent
+from sia.meta.knobs import write_knobs
 from sia.records import Lever
 from sia.rundir import RunDir
 from sia.sandbox import Environments, Limits, Sandbox
@@ -29,7 +34,11 @@ from sia.verify import TaskVerifier
 from sia.workspace import Workspaces
 
 if TYPE_CHECKING:
-    from sia.gateway import Route
+    from sia.gateway import ModelGateway, Route
+    from sia.weights.local import LocalModel
+
+
+LOCAL_LOG = "local-model.log"  # what the server of a local model printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +99,7 @@ def check(cfg: Config) -> Checked:
         )
     return Checked(
         task=task,
-        first_harness=_harness(cfg, task),
+        first_harness=_with_settings(_harness(cfg, task), cfg.target.settings),
         sandbox=sandbox,
         target=target(cfg, task, sandbox),
         tracker=part(cfg.tracking, cfg.trusted_packages),
@@ -145,22 +154,29 @@ def gateway(
 ) -> AbstractContextManager[Gateway | None]:
     """The way to the models of a run; None where no part of it asks one.
 
+    Entering it starts the servers of local models, and leaving it ends them.
+
     Args:
         cfg: The whole configuration.
         run: The run directory, where calls are recorded.
         roles: Who will ask.
 
     Raises:
-        ProviderError: A key, a price or a recording is missing.
+        ProviderError: A key, a price, a recording or a local model is missing.
     """
-    asked = {role: route for role, route in routes(cfg).items() if role in roles}
+    local = local_models(cfg, run)
+    asked = {role: route for role, route in routes(cfg, local).items() if role in roles}
+    local = {role: model for role, model in local.items() if role in roles}
     if not asked:
         return nullcontext()
     from sia.gateway import Budget, ModelGateway
     from sia.gateway.store import STORE_FILE
 
     settings = cfg.gateway
-    return ModelGateway(
+    if settings.mode != "replay":
+        for served in local.values():
+            served.check()
+    gateway = ModelGateway(
         store=run / STORE_FILE,
         routes=asked,
         mode=settings.mode,
@@ -170,19 +186,58 @@ def gateway(
         call_s=settings.call_s,
         concurrency=settings.concurrency,
     )
+    return (
+        gateway
+        if settings.mode == "replay"
+        else _behind(gateway, list(dict.fromkeys(local.values())))
+    )
 
 
-def routes(cfg: Config) -> "dict[Role, Route]":
-    """Provider and model of everybody who asks one."""
-    found: dict[Role, Route] = {}
-    if (model := getattr(cfg.meta, "model", None)) is not None:
-        found |= dict.fromkeys((Role.META, Role.FEEDBACK), _route(cfg.provider, model))
-    if cfg.target.model is not None:
-        found[Role.TARGET] = _route(cfg.target.provider or cfg.provider, cfg.target.model)
+@contextmanager
+def _behind(gateway: "ModelGateway", local: "Sequence[LocalModel]") -> Iterator[Gateway]:
+    """The gateway, while the servers that it sends calls to are running."""
+    with ExitStack() as stack:
+        for model in local:
+            stack.enter_context(model)
+        yield stack.enter_context(gateway)
+
+
+def routes(cfg: Config, local: "Mapping[Role, LocalModel] | None" = None) -> "dict[Role, Route]":
+    """Provider and model of everybody who asks one.
+
+    Args:
+        cfg: The whole configuration.
+        local: From `local_models`; None where nothing will be asked.
+    """
+    served = local_models(cfg, Path()) if local is None else local
+    return {
+        role: _route(provider, model, served.get(role))
+        for role, (provider, model) in _asked(cfg).items()
+    }
+
+
+def local_models(cfg: Config, run: Path) -> "dict[Role, LocalModel]":
+    """The models that the run serves itself; roles with the same model share one."""
+    found: dict[Role, LocalModel] = {}
+    for role, (provider, model) in _asked(cfg).items():
+        if provider.serve is not None:
+            made = _local_model(provider.serve, model, run)
+            found[role] = next((one for one in found.values() if one.id == made.id), made)
     return found
 
 
-def _route(provider: ProviderConfig, model: str) -> "Route":
+def _asked(cfg: Config) -> dict[Role, tuple[ProviderConfig, str]]:
+    """Provider and model of each role that asks one."""
+    asked: dict[Role, tuple[ProviderConfig, str]] = {}
+    if (model := getattr(cfg.meta, "model", None)) is not None:
+        asked |= dict.fromkeys((Role.META, Role.FEEDBACK), (cfg.provider, model))
+    if cfg.target.model is not None:
+        asked[Role.TARGET] = (cfg.target.provider or cfg.provider, cfg.target.model)
+    return asked
+
+
+def _route(provider: ProviderConfig, model: str, served: "LocalModel | None" = None) -> "Route":
+    """Who answers; `served` is the model where the run serves it itself."""
     from sia.gateway import Price, Provider, Route
 
     try:
@@ -192,18 +247,34 @@ def _route(provider: ProviderConfig, model: str) -> "Route":
             f"provider.prices of {provider.name!r} are {dict(provider.prices)!r}: each model needs "
             "input and output, and may have cached and cache_write (USD per million tokens)."
         ) from error
+    if served is not None:
+        prices = {served.id: Price(input=0.0, output=0.0)}
     return Route(
         provider=Provider(
             name=provider.name,
-            base_url=provider.base_url or "",
+            base_url=served.url if served else provider.base_url or "",
             anthropic_url=provider.anthropic_url or "",
             formats=tuple(provider.formats),
             api_key_env=provider.api_key_env or "",
-            models=dict(provider.models),
+            models={model: served.id} if served else dict(provider.models),
             prices=prices,
             prices_as_of=provider.prices_as_of or "",
         ),
         model=model,
+    )
+
+
+def _local_model(serve: ServeConfig, model: str, run: Path) -> "LocalModel":
+    from sia.weights.local import LocalModel
+
+    return LocalModel(
+        model=model,
+        log=run / LOCAL_LOG,
+        adapter=Path(serve.adapter).expanduser().resolve() if serve.adapter else None,
+        slots=serve.slots,
+        threads=serve.threads,
+        context=serve.context,
+        start_s=serve.start_s,
     )
 
 
@@ -337,3 +408,39 @@ def _harness(cfg: Config, task: Task) -> Path:
         f"({', '.join(task.harnesses)}), nor a .py file, nor a folder with a {ENTRY_POINT}, seen "
         f"from {Path.cwd()}. Start from a copy: cp -r {task.reference_harness} my_harness"
     )
+
+
+def _with_settings(harness: Path, settings: Mapping[str, Any]) -> Path:
+    """A copy of the harness with other values in its `harness.yaml`; gone when the process ends.
+
+    Raises:
+        ConfigError: It has no such settings.
+    """
+    if not settings:
+        return harness
+    file = harness / "harness.yaml"
+    known = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    changes = dict(_flat(OmegaConf.to_container(cast(Any, settings), resolve=True), known, harness))
+    folder = Path(tempfile.mkdtemp(prefix="sia-harness-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / harness.name
+    shutil.copytree(harness, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    write_knobs(copy, changes)
+    return copy
+
+
+def _flat(
+    settings: Any, known: Any, harness: Path, prefix: str = ""
+) -> Iterator[tuple[str, object]]:
+    """Dotted name and value of each setting; `known` says what is a group and what a value."""
+    for name, value in settings.items():
+        if not isinstance(known, dict) or name not in known:
+            there = ", ".join(known) if isinstance(known, dict) and known else "none"
+            raise ConfigError(
+                f"target.settings names {prefix + name!r}, which harness.yaml in {harness} "
+                f"does not have (there: {there}). Leave it out: '~target.settings.{prefix + name}'"
+            )
+        if isinstance(value, dict) and known[name] != {}:
+            yield from _flat(value, known[name], harness, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

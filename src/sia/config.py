@@ -114,6 +114,17 @@ class PydanticAIConfig(AgentConfig):
 
 
 @dataclass
+class ServeConfig:
+    """How a run serves a local model itself; the fields are explained in `sia.weights.serve`."""
+
+    adapter: str | None = MISSING
+    slots: int = MISSING
+    threads: int | None = MISSING
+    context: int = MISSING
+    start_s: float = MISSING
+
+
+@dataclass
 class ProviderConfig:
     """Group `provider`; the fields are explained in `sia.gateway.provider`."""
 
@@ -126,6 +137,7 @@ class ProviderConfig:
     prices_as_of: str | None = None
     # USD per million tokens: model id -> input, output and, where they differ, cached, cache_write
     prices: dict[str, Any] = field(default_factory=dict)
+    serve: ServeConfig | None = None  # the run starts the server itself; null: somebody else does
 
 
 @dataclass
@@ -144,6 +156,7 @@ class TargetConfig:
     """Group `target`."""
 
     harness: str = MISSING  # `reference`, a harness that the task names, a file, or a folder
+    settings: dict[str, Any] = field(default_factory=dict)  # put into the first harness.yaml
     model: str | None = None  # what SIA_MODEL tells the target; null: it has none
     provider: ProviderConfig | None = None  # null: the run's
     attempt_s: float | None = None  # deadline of one attempt; null: the task's own

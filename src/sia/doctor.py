@@ -336,6 +336,14 @@ def _providers(cfg: Config, *, offline: bool) -> Iterator[Finding]:
         yield from _prices(cfg, provider, models)
         if not offline and finding.state != FAIL:
             yield from _endpoints(provider, key, models)
+    for local in dict.fromkeys(build.local_models(cfg, Path()).values()):
+        name = f"model {local.model}"
+        try:
+            local.check()
+        except SiaError as error:
+            yield Finding(name=name, state=FAIL, value=str(error))
+        else:
+            yield Finding(name=name, state=OK, value="on this machine; the run serves it")
 
 
 def _key(provider: Provider) -> tuple[str, Finding]:
@@ -357,8 +365,8 @@ def _prices(cfg: Config, provider: Provider, models: Sequence[str]) -> Iterator[
     node = "target.provider" if own and own.name == provider.name else "provider"
     for model in models:
         if provider.price(model) is not None:
-            as_of = provider.prices_as_of or "an unknown day"
-            yield Finding(name=f"price of {model}", state=OK, value=f"known, as of {as_of}")
+            as_of = f", as of {provider.prices_as_of}" if provider.prices_as_of else ""
+            yield Finding(name=f"price of {model}", state=OK, value=f"known{as_of}")
         else:
             needed = cfg.budget.usd is not None
             yield Finding(

@@ -8,6 +8,7 @@
     │   └── BadProposal         one proposal was unusable; counted, the run goes on
     ├── BudgetExceeded          a call was refused: the run ends with what it has
     ├── ProviderError           a model provider or its key
+    ├── WeightsError            an update of the weights: its job, its data, its adapter
     ├── RunDirectoryError       a run directory that cannot be made, read or written
     │   └── RunDirectoryInUse   somebody else holds it
     └── NoScoredAttempt         exit 1: the run ended without a single score
@@ -49,6 +50,10 @@ class BudgetExceeded(SiaError):
 
 class ProviderError(SiaError):
     """A provider that cannot be used: no key, no price, no recording."""
+
+
+class WeightsError(SiaError):
+    """An update of the weights cannot be made; the parent's adapter is as it was."""
 
 
 class RunDirectoryError(SiaError):

@@ -24,7 +24,9 @@ GROUPS = (
 # What an option cannot do without, and where it cannot be built on every machine.
 NEEDS = {
     "meta=replay": ["meta.run=RECORDED"],
+    "target=hf": ["target.model=x"],
     "target=llm": ["target.model=x", "provider=ollama"],
+    "target=smollm2": ["task=gpqa"],
     "task=folder": ["task.dir=tasks/toy"],
     "task=harbor": ["task.dir=RECORDED/harbor", "task.cache=RECORDED/cache"],
     "task=external": ["task.dir=RECORDED/upstream", "task.cache=RECORDED/cache"],
@@ -161,6 +163,31 @@ def test_what_is_no_harness_is_named_with_those_that_exist(
     monkeypatch.chdir(tmp_path)
     cfg = composed(["task=lawbench", f"target.harness={given}"])
     with pytest.raises(ConfigError, match=r"harness of task 'lawbench' \(reference, llm\)"):
+        build.check(cfg)
+
+
+def test_settings_of_a_target_are_those_of_its_first_harness(composed: Callable) -> None:
+    given = "+target.settings={ask: direct, model: {concurrency: 3, extra: {top_k: 1}}}"
+    cfg = composed(["task=gpqa", "target=llm", "target.model=x", "provider=ollama", given])
+    checked = build.check(cfg)
+    before = (checked.task.harnesses["llm"] / "harness.yaml").read_text()
+    after = (checked.first_harness / "harness.yaml").read_text()
+    assert before != after
+    settings = yaml.safe_load(after)
+    assert settings["ask"] == "direct"
+    assert settings["model"].pop("concurrency") == 3
+    assert settings["model"].pop("extra") == {"top_k": 1}
+    known = yaml.safe_load(before)
+    assert settings["model"].items() < known["model"].items()
+    assert "# one call a question" in before.lower()
+    assert "# one call a question" in after.lower()  # comments stay
+
+
+@pytest.mark.parametrize("name", ["asks", "model.concurrent", "ask.mode"])
+def test_a_setting_that_the_harness_does_not_have_is_named(composed: Callable, name: str) -> None:
+    given = f"+target.settings.{name}=1"
+    cfg = composed(["task=gpqa", "target=llm", "target.model=x", "provider=ollama", given])
+    with pytest.raises(ConfigError, match=rf"(?s){name!r}.*'~target\.settings\.{name}'"):
         build.check(cfg)
 
 

