@@ -53,6 +53,7 @@ class Checked:
     meta: Any
     search: Any
     feedback: Any
+    weights: Any
 
     def check_machine(self) -> None:
         """Whether targets, and the agent where there is one, can be started on this machine.
@@ -106,6 +107,7 @@ def check(cfg: Config) -> Checked:
         meta=meta,
         search=part(cfg.search, cfg.trusted_packages),
         feedback=part(cfg.feedback, cfg.trusted_packages),
+        weights=part(cfg.weights, cfg.trusted_packages),
     )
 
 

@@ -168,7 +168,128 @@ class TargetConfig:
 class WeightsConfig:
     """Group `weights`."""
 
+    _target_: str = MISSING
     name: str = MISSING
+
+
+@dataclass
+class NoUpdateConfig(WeightsConfig):
+    """weights=none."""
+
+    _target_: str = "sia.weights.recipes.NoUpdate"
+    name: str = "none"
+
+
+@dataclass
+class RecipeConfig(WeightsConfig):
+    """What all recipes share; the fields are explained in `sia.weights.recipes`."""
+
+    steps: int = 50
+    lr: float = 1e-4
+    warmup: int = 5
+    weight_decay: float = 0.0
+    batch: int | None = None
+    micro_batch: int | None = None
+    max_grad_norm: float = 1.0
+    rank: int = 16
+    alpha: float = 32.0
+    dora: bool = False
+    targets: str = "all-linear"
+    average: str = "token"
+
+
+@dataclass
+class SftConfig(RecipeConfig):
+    """weights=sft."""
+
+    _target_: str = "sia.weights.recipes.Sft"
+    name: str = "sft"
+    lr: float = 2e-4
+    batch: int | None = 16
+
+
+@dataclass
+class OnPolicyConfig(RecipeConfig):
+    """What recipes share that learn from the policy's own answers."""
+
+    items: int = 16
+    group: int = 8
+    temperature: float = 1.0
+    epochs: int = 1
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+
+
+@dataclass
+class BestOfNConfig(OnPolicyConfig):
+    """weights=best_of_n."""
+
+    _target_: str = "sia.weights.recipes.BestOfN"
+    name: str = "best_of_n"
+    group: int = 16
+    top_k: int = 1
+
+
+@dataclass
+class ReinforceConfig(OnPolicyConfig):
+    """weights=reinforce."""
+
+    _target_: str = "sia.weights.recipes.Reinforce"
+    name: str = "reinforce"
+    kl_coef: float = 0.02
+    baseline: str = "leave_one_out"
+
+
+@dataclass
+class GrpoConfig(OnPolicyConfig):
+    """weights=grpo."""
+
+    _target_: str = "sia.weights.recipes.Grpo"
+    name: str = "grpo"
+    average: str = "sequence"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    baseline: str = "mean"
+    scale: str = "group"
+
+
+@dataclass
+class PpoConfig(OnPolicyConfig):
+    """weights=ppo."""
+
+    _target_: str = "sia.weights.recipes.Ppo"
+    name: str = "ppo"
+    epochs: int = 2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    gamma: float = 1.0
+    lam: float = 0.95
+    value_coef: float = 0.5
+    value_clip: float | None = 0.2
+    entropy_coef: float = 0.0
+    whiten: bool = True
+
+
+@dataclass
+class EntropicConfig(OnPolicyConfig):
+    """weights=entropic."""
+
+    _target_: str = "sia.weights.recipes.Entropic"
+    name: str = "entropic"
+    kl_coef: float = 0.02
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl: float = 0.6931471805599453  # ln 2
+    cap: float = 10.0
+
+
+@dataclass
+class DpoConfig(OnPolicyConfig):
+    """weights=dpo."""
+
+    _target_: str = "sia.weights.recipes.Dpo"
+    name: str = "dpo"
+    beta: float = 0.1
 
 
 @dataclass
@@ -354,6 +475,16 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "claude": ClaudeConfig,
         "openhands": OpenHandsConfig,
         "pydantic_ai": PydanticAIConfig,
+    },
+    "weights": {
+        "none": NoUpdateConfig,
+        "sft": SftConfig,
+        "best_of_n": BestOfNConfig,
+        "reinforce": ReinforceConfig,
+        "grpo": GrpoConfig,
+        "ppo": PpoConfig,
+        "entropic": EntropicConfig,
+        "dpo": DpoConfig,
     },
     "search": {"chain": ChainConfig, "keep_best": KeepBestConfig},
     "feedback": {
