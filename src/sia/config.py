@@ -217,7 +217,7 @@ class OnPolicyConfig(RecipeConfig):
     temperature: float = 1.0
     epochs: int = 1
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: str = "k3_weighted"
 
 
 @dataclass

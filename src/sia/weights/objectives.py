@@ -252,11 +252,11 @@ def gae(
 
 
 def whiten(values_BT: Tensor, mask_BT: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Shifted and scaled to mean 0 and variance 1 over the tokens that count; 0 on padding."""
+    """Shifted and scaled to mean 0 and (sample) variance 1 over the tokens that count."""
     n = mask_BT.sum().clamp(min=1)
     values_BT = _counted(values_BT, mask_BT)
     mean = values_BT.sum() / n
-    variance = ((values_BT - mean) ** 2 * mask_BT).sum() / n
+    variance = ((values_BT - mean) ** 2 * mask_BT).sum() / (n - 1).clamp(min=1)
     return (values_BT - mean) * torch.rsqrt(variance + eps) * mask_BT
 
 
@@ -309,10 +309,23 @@ def kl_to_base(logprobs_BT: Tensor, base_BT: Tensor, *, estimator: str = "k3") -
     raise ValueError(f"estimator={estimator!r} is neither k1 nor k3")
 
 
-def kl_loss(logprobs_BT: Tensor, base_BT: Tensor, weights_BT: Tensor) -> Tensor:
-    """Weighted sum of the estimate `k3`."""
+def kl_loss(
+    logprobs_BT: Tensor, base_BT: Tensor, weights_BT: Tensor, *, old_BT: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of the estimate `k3`.
+
+    Args:
+        logprobs_BT: Of the policy.
+        base_BT: Of the base.
+        weights_BT: 0 on padding.
+        old_BT: Of the policy that sampled the answers. If given, each estimate is multiplied by the
+            ratio of policy to it, whose gradient makes that of the sum unbiased (DeepSeek-V3.2).
+    """
     counted_BT = _counted(logprobs_BT, weights_BT)
-    return _weighted(kl_to_base(counted_BT, _counted(base_BT, weights_BT)), weights_BT)
+    estimates_BT = kl_to_base(counted_BT, _counted(base_BT, weights_BT))
+    if old_BT is not None:
+        estimates_BT = torch.exp(counted_BT - _counted(old_BT, weights_BT)) * estimates_BT
+    return _weighted(estimates_BT, weights_BT)
 
 
 def value_loss(

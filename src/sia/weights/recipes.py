@@ -183,7 +183,8 @@ class OnPolicy(Recipe):
         temperature: That they are sampled at.
         epochs: Passes over the answers of a round.
         kl_coef: How strongly the policy is held to the base; 0 saves the base's forward pass.
-        kl_estimator: `k3` in the loss, or `k1` taken from the reward.
+        kl_estimator: `k3` in the loss, `k3_weighted` by the ratio to the sampling policy, which
+            makes its gradient unbiased, or `k1` taken from the reward.
     """
 
     items: int = 16
@@ -191,7 +192,7 @@ class OnPolicy(Recipe):
     temperature: float = 1.0
     epochs: int = 1
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"
+    kl_estimator: str = "k3_weighted"
 
     @property
     def uses_base(self) -> bool:
@@ -224,8 +225,11 @@ class OnPolicy(Recipe):
         from sia.weights import objectives
 
         assert batch.base_BT is not None
+        old_BT = None
+        if self.kl_estimator == "k3_weighted":
+            old_BT = scores.logprobs_BT.detach() if batch.old_BT is None else batch.old_BT
         return loss + self.kl_coef * objectives.kl_loss(
-            scores.logprobs_BT, batch.base_BT, batch.weights_BT
+            scores.logprobs_BT, batch.base_BT, batch.weights_BT, old_BT=old_BT
         )
 
 
@@ -551,7 +555,7 @@ _ONE_OF = {
     "average": ("token", "sequence", "constant"),
     "baseline": ("mean", "leave_one_out", "batch"),
     "scale": ("group", "batch", "none"),
-    "kl_estimator": ("k1", "k3"),
+    "kl_estimator": ("k1", "k3", "k3_weighted"),
 }
 
 

@@ -178,9 +178,9 @@ def test_gae_with_lambda_one_is_return_less_value() -> None:
 
 
 def test_whitening_by_hand() -> None:
-    # four tokens count: 1 2 3 6, mean 3, variance (4 + 1 + 0 + 9) / 4
+    # four tokens count: 1 2 3 6, mean 3, variance (4 + 1 + 0 + 9) / 3
     found = o.whiten(t([1, 2, 3], [6, 99, 99]), MASK, eps=0)
-    assert torch.allclose(found, t([-2, -1, 0], [3, 0, 0]) / math.sqrt(3.5))
+    assert torch.allclose(found, t([-2, -1, 0], [3, 0, 0]) / math.sqrt(14 / 3))
 
 
 # Losses by hand
@@ -227,18 +227,28 @@ def test_both_kl_estimates_have_the_divergence_as_their_mean() -> None:
         assert estimate.item() == pytest.approx(exact.item())
 
 
-def test_only_k3_pulls_towards_the_base_as_a_loss() -> None:
-    """Why `k1` is charged to the reward: its expected gradient vanishes."""
+def test_the_weighted_estimate_has_the_gradient_of_the_divergence_and_k1_none() -> None:
+    """Why `k1` is charged to the reward, and why `k3` is weighted by the ratio."""
     q = t(0.3, 0.3, 0.4).log()
-    logits = t(0.7, 0.2, 0.1).log().requires_grad_()
-    expected = {}
-    for estimator in ("k1", "k3"):
-        logp = logits.log_softmax(0)
-        (logp.exp().detach() * o.kl_to_base(logp, q, estimator=estimator)).sum().backward()
-        assert logits.grad is not None
-        expected[estimator] = logits.grad.abs().max().item()
-        logits.grad = None
-    assert expected["k1"] < 1e-12 < 1e-2 < expected["k3"]
+    logits = t(0.7, 0.2, 0.1).log()
+
+    def gradient(loss: Callable) -> "torch.Tensor":
+        x = logits.clone().requires_grad_()
+        loss(x.log_softmax(0)).backward()
+        assert x.grad is not None
+        return x.grad
+
+    def expected(estimate: Callable) -> Callable:
+        return lambda logp: (logp.exp().detach() * estimate(logp)).sum()
+
+    exact = gradient(lambda logp: (logp.exp() * (logp - q)).sum())
+    k1 = gradient(expected(lambda logp: o.kl_to_base(logp, q, estimator="k1")))
+    k3 = gradient(expected(lambda logp: o.kl_to_base(logp, q, estimator="k3")))
+    weighted = gradient(lambda logp: o.kl_loss(logp, q, logp.exp().detach(), old_BT=logp.detach()))
+    assert torch.allclose(weighted, exact)
+    assert torch.allclose(k1, torch.zeros_like(k1))
+    assert not torch.allclose(k3, exact, atol=1e-2)
+    assert (k3 * exact).sum() > 0
 
 
 def test_the_value_loss_by_hand() -> None:
@@ -282,6 +292,7 @@ OBJECTIVES: dict[str, Callable[["torch.Tensor"], "torch.Tensor"]] = {
     "reinforce": lambda x: o.reinforce_loss(logprobs(x), A, W),
     "clipped": lambda x: o.clipped_loss(logprobs(x), OLD, A, W, clip_low=0.2, clip_high=0.28),
     "kl": lambda x: o.kl_loss(logprobs(x), OLD, W),
+    "weighted kl": lambda x: o.kl_loss(logprobs(x), OLD, W, old_BT=OLD * 1.1),
     "value": lambda x: o.value_loss(values(x), values(LOGITS) - 0.3, A, W, clip=0.2),
     "entropy": lambda x: o.entropy_bonus(entropy(x), W),
     "dpo": lambda x: o.dpo_losses(
