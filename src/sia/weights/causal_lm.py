@@ -1,0 +1,511 @@
+"""Policy `causal_lm`: any Hugging Face causal language model with a PEFT adapter.
+
+Letters: B answers, N prompts, G answers a prompt, P prompt tokens (padded to the left), T answer
+tokens (padded to the right), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sia.errors import WeightsError
+from sia.weights.policy import Sampled, Scores, Tokens
+
+ADAPTER_FILE = "adapter_model.safetensors"
+VALUE_FILE = "value_head.safetensors"
+BASE_KEY = "sia.base_sha256"
+# A model in half precision is not merged with its adapter for sampling: rounding would eat it.
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer whose adapter is merged, and the weights it had before."""
+
+    layer: Any
+    weight: Tensor
+
+
+class CausalLM:
+    """A frozen base, an adapter on its linear layers, and a value head if asked for.
+
+    In float32 on a CPU, in bfloat16 with a float32 adapter on a GPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: str,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dora: bool = False,
+        targets: str = "all-linear",
+        values: bool = False,
+        max_prompt_tokens: int = 1024,
+        max_answer_tokens: int = 256,
+        checkpoint_activations: bool = False,
+        device: str = "cpu",
+        download: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Loads the base and puts a fresh adapter on it, which changes nothing yet.
+
+        Args:
+            base: A folder, or an id of the model hub.
+            rank: Of the adapter.
+            alpha: The adapter is scaled by alpha / rank.
+            dora: DoRA instead of LoRA.
+            targets: `all-linear`, or comma-separated names of linear layers.
+            values: Whether to make a value head.
+            max_prompt_tokens: Longer prompts lose their beginning.
+            max_answer_tokens: Longer answers lose their end.
+            checkpoint_activations: Compute activations twice instead of keeping them.
+            device: `cpu`, `cuda`, or `cuda:1`.
+            download: Whether the base may be fetched; otherwise it has to be on this machine.
+            seed: Of the fresh adapter.
+
+        Raises:
+            WeightsError: The base cannot be loaded, or has no end-of-text token.
+        """
+        self.base = base
+        self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
+        self.device = torch.device(device)
+        self._half = self.device.type == "cuda"
+        self._tokenizer, model = _load(base, download, torch.bfloat16 if self._half else None)
+        end = model.generation_config.eos_token_id if model.generation_config else None
+        ends = end if isinstance(end, list) else [end]
+        self._ends = sorted({e for e in (*ends, self._tokenizer.eos_token_id) if e is not None})
+        if not self._ends:
+            raise WeightsError(
+                f"base={base!r} has no end-of-text token, so its answers never end. Set eos_token "
+                "in its tokenizer_config.json."
+            )
+        self._end = self._tokenizer.eos_token_id
+        if self._end is None:
+            self._end = self._ends[0]
+        self._pad = self._tokenizer.pad_token_id
+        if self._pad is None:
+            self._pad = self._end
+        self.base_sha256 = _identity(model)
+        self._seed = seed
+        self._checkpoint = checkpoint_activations
+        model.to(self.device)
+        if checkpoint_activations:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        self._peft = self._adapted(model, _lora_config(rank, alpha, dora, targets))
+        width = model.config.get_text_config().hidden_size
+        self._value_head = _value_head(width).to(self.device) if values else None
+        self._module = nn.ModuleDict({"model": self._peft})
+        if self._value_head is not None:
+            self._module["value_head"] = self._value_head
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, its adapter, and its value head."""
+        return self._module
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter, then the value head."""
+        return [p for p in self._module.parameters() if p.requires_grad]
+
+    # From text to tokens and back
+
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Tokens:
+        """Prompts and given answers; an answer is followed by the end-of-text token."""
+        prompts_NP, prompt_mask_NP, cut = self._prompts(prompts)
+        rows = []
+        for answer in answers:
+            ids = [*self._tokenizer(answer, add_special_tokens=False)["input_ids"], self._end]
+            cut += len(ids) > self.max_answer_tokens
+            rows.append(ids[: self.max_answer_tokens])
+        longest = max((len(row) for row in rows), default=1)
+        answers_BT = torch.tensor(
+            [row + [self._pad] * (longest - len(row)) for row in rows], device=self.device
+        ).reshape(len(rows), longest)
+        lengths_B = torch.tensor([len(row) for row in rows], device=self.device)
+        mask_BT = (torch.arange(longest, device=self.device) < lengths_B[:, None]).float()
+        inputs = {"prompts": prompts_NP, "prompt_mask": prompt_mask_NP, "answers": answers_BT}
+        return Tokens(inputs=inputs, mask_BT=mask_BT, cut=cut)
+
+    def ends(self, tokens: Tokens) -> Tensor:
+        """Characters of the answer up to and including each token."""
+        ends_BT = torch.zeros_like(tokens.inputs["answers"])
+        lengths = tokens.mask_BT.sum(1).long().tolist()
+        for b, (row, n) in enumerate(zip(tokens.inputs["answers"].tolist(), lengths, strict=True)):
+            for t in range(len(row)):
+                ends_BT[b, t] = len(self._text(row[: min(t + 1, n)]))
+        return ends_BT
+
+    def _prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, int]:
+        """Ids and mask, (N, P) each, padded to the left, and how many prompts were cut."""
+        rows, cut = [], 0
+        for prompt in prompts:
+            if self._tokenizer.chat_template:
+                text = self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                )
+                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            else:
+                ids = self._tokenizer(prompt)["input_ids"]
+            cut += len(ids) > self.max_prompt_tokens
+            rows.append(ids[-self.max_prompt_tokens :] or [self._end])
+        longest = max((len(row) for row in rows), default=1)
+        ids_NP = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows])
+        mask_NP = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        shape = (len(rows), longest)
+        return ids_NP.reshape(shape).to(self.device), mask_NP.reshape(shape).to(self.device), cut
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    # Answering
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], *, group: int, temperature: float, seed: int
+    ) -> Sampled:
+        """`group` answers to each prompt; each prompt is read once, whatever the group.
+
+        Answers that are finished leave the batch when half of it is.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        prompts_NP, prompt_mask_NP, cut = self._prompts(prompts)
+        with self._answering(), self._precision():
+            answers_BT, logprobs_BT, mask_BT = self._generate(
+                prompts_NP, prompt_mask_NP, group, temperature, generator
+            )
+        inputs = {
+            "prompts": prompts_NP.repeat_interleave(group, 0),
+            "prompt_mask": prompt_mask_NP.repeat_interleave(group, 0),
+            "answers": answers_BT,
+        }
+        lengths = mask_BT.sum(1).long().tolist()
+        texts = [
+            self._text(row[:length])
+            for row, length in zip(answers_BT.tolist(), lengths, strict=True)
+        ]
+        tokens = Tokens(inputs=inputs, mask_BT=mask_BT, cut=cut)
+        return Sampled(answers=texts, tokens=tokens, logprobs_BT=logprobs_BT)
+
+    def _generate(
+        self,
+        prompts_NP: Tensor,
+        prompt_mask_NP: Tensor,
+        group: int,
+        temperature: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Answers, their log-probabilities, and their mask, (B, T) each."""
+        from transformers import DynamicCache
+
+        model = self._peft.get_base_model()
+        N, limit = prompts_NP.shape[0], self.max_answer_tokens
+        B = N * group
+        answers_BT = prompts_NP.new_full((B, limit), self._pad)
+        logprobs_BT = torch.zeros(B, limit, device=self.device)
+        mask_BT = torch.zeros(B, limit, device=self.device)
+        ends = torch.tensor(self._ends, device=self.device)
+        cache = DynamicCache(config=model.config)
+        out = model(
+            input_ids=prompts_NP, attention_mask=prompt_mask_NP,
+            position_ids=_positions(prompt_mask_NP), cache=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        cache.batch_repeat_interleave(group)
+        logits_AV = out.logits[:, -1].repeat_interleave(group, 0)
+        seen_AL = prompt_mask_NP.repeat_interleave(group, 0)
+        rows_A = torch.arange(B, device=self.device)  # A answers are still being written
+        alive_A = torch.ones(B, dtype=torch.bool, device=self.device)
+        for t in range(limit):
+            logp_AV = (logits_AV.float() / temperature).log_softmax(-1)
+            next_A = torch.multinomial(logp_AV.exp(), 1, generator=generator).squeeze(1)
+            next_A = torch.where(alive_A, next_A, self._pad)
+            answers_BT[rows_A, t] = next_A
+            logprobs_BT[rows_A, t] = torch.where(
+                alive_A, logp_AV.gather(1, next_A[:, None]).squeeze(1), 0.0
+            )
+            mask_BT[rows_A, t] = alive_A.float()
+            alive_A = alive_A & ~torch.isin(next_A, ends)
+            left = int(alive_A.sum())
+            if left == 0 or t + 1 == limit:
+                break
+            if left <= len(rows_A) // 2:
+                cache.batch_select_indices(alive_A.nonzero().flatten())
+                rows_A, next_A, seen_AL = rows_A[alive_A], next_A[alive_A], seen_AL[alive_A]
+                alive_A = alive_A[alive_A]
+            seen_AL = torch.cat([seen_AL, seen_AL.new_ones(len(rows_A), 1)], 1)
+            out = model(
+                input_ids=next_A[:, None], attention_mask=seen_AL,
+                position_ids=seen_AL.sum(1, keepdim=True) - 1, cache=cache,
+                use_cache=True,
+            )  # fmt: skip
+            logits_AV = out.logits[:, -1]
+        longest = int(mask_BT.sum(1).max()) if B else 0
+        return answers_BT[:, :longest], logprobs_BT[:, :longest], mask_BT[:, :longest]
+
+    # Scoring
+
+    def logprobs(
+        self,
+        tokens: Tokens,
+        *,
+        temperature: float = 1.0,
+        base: bool = False,
+        entropy: bool = False,
+        values: bool = False,
+    ) -> Scores:
+        """Scores of given answers; padding that all of them share costs nothing."""
+        B, T = tokens.mask_BT.shape
+        lengths_B = tokens.mask_BT.sum(1)
+        longest = max(int(lengths_B.max()), 1) if B else 1
+        prompt_mask_BP = tokens.inputs["prompt_mask"]
+        start = int(prompt_mask_BP.any(0).int().argmax()) if B else 0
+        mask_BT = tokens.mask_BT[:, :longest]
+        answers_BT = tokens.inputs["answers"][:, :longest]
+        ids_BL = torch.cat([tokens.inputs["prompts"][:, start:], answers_BT], 1)
+        seen_BL = torch.cat([prompt_mask_BP[:, start:], mask_BT.to(prompt_mask_BP.dtype)], 1)
+        adapter = self._peft.disable_adapter() if base else contextlib.nullcontext()
+        self._peft.train(self._checkpoint and torch.is_grad_enabled())
+        with adapter, self._precision():
+            out = self._peft(
+                input_ids=ids_BL, attention_mask=seen_BL, position_ids=_positions(seen_BL),
+                use_cache=False, logits_to_keep=longest + 1, output_hidden_states=values,
+            )  # fmt: skip
+        logits_BTV = out.logits[:, :-1]
+        logprobs_BT = _LogProbs.apply(logits_BTV, answers_BT, temperature) * mask_BT
+        entropy_BT = values_BT = None
+        if entropy:
+            entropy_BT = _widened(_entropy(logits_BTV, temperature) * mask_BT, T)
+        if values:
+            assert self._value_head is not None
+            hidden_BTD = out.hidden_states[-1][:, -longest - 1 : -1].float()
+            values_BT = _widened(self._value_head(hidden_BTD).squeeze(-1) * mask_BT, T)
+        return Scores(
+            logprobs_BT=_widened(logprobs_BT, T), entropy_BT=entropy_BT, values_BT=values_BT
+        )
+
+    # The adapter
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter in PEFT's format, and the value head beside it."""
+        from peft import get_peft_model_state_dict
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._peft.peft_config["default"].save_pretrained(str(folder))
+        tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
+        found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        metadata = {"format": "pt", BASE_KEY: self.base_sha256}
+        save_file(found, folder / ADAPTER_FILE, metadata=metadata)
+        if self._value_head is not None:
+            head = {name: t.detach().cpu() for name, t in self._value_head.state_dict().items()}
+            save_file(head, folder / VALUE_FILE, metadata={"format": "pt"})
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reads an adapter; its rank, alpha, targets and kind replace those of the fresh one."""
+        from peft import LoraConfig, set_peft_model_state_dict
+
+        path = folder / ADAPTER_FILE
+        try:
+            with safe_open(path, framework="pt") as file:
+                base_sha256 = (file.metadata() or {}).get(BASE_KEY)
+            tensors = load_file(path)
+            settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+            config = LoraConfig.from_pretrained(str(folder))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise WeightsError(
+                f"{folder} holds no adapter that can be read: {error}. An adapter folder has "
+                f"{ADAPTER_FILE} and adapter_config.json."
+            ) from error
+        if base_sha256 is not None and base_sha256 != self.base_sha256:
+            raise WeightsError(
+                f"The adapter in {folder} was made for the base "
+                f"{settings.get('base_model_name_or_path')!r} ({base_sha256[:12]}), not for "
+                f"{self.base!r} ({self.base_sha256[:12]}). Give it its own base: policy.base=..."
+            )
+        config.inference_mode = False
+        self._peft = self._adapted(self._peft.unload(), config)
+        self._module["model"] = self._peft
+        try:
+            unknown = set_peft_model_state_dict(self._peft, tensors).unexpected_keys
+        except RuntimeError as error:
+            raise WeightsError(f"The adapter in {folder} does not fit its config: {error}") from error
+        if unknown:
+            raise WeightsError(
+                f"The adapter in {folder} has weights for layers that {self.base!r} lacks, for "
+                f"example {unknown[0]!r}."
+            )
+        if self._value_head is not None and (folder / VALUE_FILE).is_file():
+            self._value_head.load_state_dict(load_file(folder / VALUE_FILE))
+
+    def _adapted(self, model: Any, config: Any) -> Any:
+        from peft import get_peft_model
+
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Of models whose linear layers are stored transposed; PEFT turns the flag itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            # PEFT 0.21 asks transformers 5.24 by a name that it has just given up.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing")
+            torch.manual_seed(self._seed)
+            try:
+                made = get_peft_model(model, config)
+            except ValueError as error:
+                raise WeightsError(f"targets do not fit base={self.base!r}: {error}") from error
+        made.to(self.device)
+        made.eval()  # dropout is zero anyway; some models are faster
+        return made
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """With the adapter merged into the base, so that sampling costs what the base costs."""
+        self._peft.eval()
+        if self._half:
+            # Rounded to bfloat16, small steps of the adapter would vanish in the base.
+            yield
+            return
+        from peft.tuners.lora.layer import LoraLayer
+
+        merged = []
+        try:
+            for layer in self._peft.modules():
+                if isinstance(layer, LoraLayer):
+                    weight = layer.get_base_layer().weight
+                    merged.append(_Layer(layer=layer, weight=weight.detach().clone()))
+                    layer.merge()
+            yield
+        finally:
+            for one in merged:
+                one.layer.unmerge()
+                # Bit by bit as before: adding and subtracting would leave a rounding error.
+                one.layer.get_base_layer().weight.data.copy_(one.weight)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._half:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def _load(base: str, download: bool, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Tokenizer and model; dropout is switched off in the model's own configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    here = {"local_files_only": not download}
+    try:
+        config = AutoConfig.from_pretrained(base, **here)
+        for name, value in vars(config.get_text_config()).items():
+            if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(config.get_text_config(), name, 0.0)
+        tokenizer = AutoTokenizer.from_pretrained(base, **here)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, config=config, dtype=dtype or torch.float32, **here
+        )
+    except (OSError, ValueError, KeyError) as error:
+        fetch = "" if download else " If it may be fetched from the model hub: policy.download=true"
+        raise WeightsError(
+            f"base={base!r} cannot be loaded: {str(error).splitlines()[0]}{fetch}"
+        ) from error
+    model.requires_grad_(False)
+    model.eval()
+    return tokenizer, model
+
+
+def _lora_config(rank: int, alpha: float, dora: bool, targets: str) -> Any:
+    from peft import LoraConfig
+
+    names = [name.strip() for name in targets.split(",")]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        use_dora=dora,
+        target_modules=targets if targets == "all-linear" else names,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _value_head(width: int) -> nn.Linear:
+    """A head that expects nothing at first."""
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _identity(model: Any) -> str:
+    """Digest of names, shapes and leading values of all weights: a moved or renamed base is itself.
+
+    Values are compared in bfloat16, so that a base has one identity in both precisions.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        head = tensor.flatten()[:16].to(torch.bfloat16).float().tolist()
+        digest.update(f"{name}{tuple(tensor.shape)}{head}".encode())
+    return digest.hexdigest()
+
+
+def _positions(mask_BL: Tensor) -> Tensor:
+    return (mask_BL.cumsum(1) - 1).clamp(min=0)
+
+
+def _widened(values_BT: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]))
+
+
+def _entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
+    logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
+    return -(logp_BTV.exp() * logp_BTV).sum(-1)
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(logits / temperature) at given tokens, without a second tensor of size (B, T, V).
+
+    What is kept for the gradient is the logits themselves and one number a token; both directions
+    work in slices of a few dozen MiB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> Tensor:
+        B, T, V = logits_BTV.shape
+        norm_BT = torch.empty(B, T, device=logits_BTV.device)
+        for rows in _slices(B, T * V):
+            norm_BT[rows] = torch.logsumexp(logits_BTV[rows].float() / temperature, -1)
+        ctx.save_for_backward(logits_BTV, ids_BT, norm_BT)
+        ctx.temperature = temperature
+        chosen_BT = logits_BTV.gather(-1, ids_BT[..., None]).squeeze(-1)
+        return chosen_BT.float() / temperature - norm_BT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits_BTV, ids_BT, norm_BT = ctx.saved_tensors
+        pull_BT = grads[0] / ctx.temperature
+        found_BTV = torch.empty_like(logits_BTV)
+        B, T, V = logits_BTV.shape
+        for rows in _slices(B, T * V):
+            part = (logits_BTV[rows].float() / ctx.temperature - norm_BT[rows, :, None]).exp_()
+            part.mul_(-pull_BT[rows, :, None])
+            part.scatter_add_(-1, ids_BT[rows, :, None], pull_BT[rows, :, None])
+            found_BTV[rows] = part.to(found_BTV.dtype)
+        return found_BTV, None, None
+
+
+def _slices(rows: int, row_elements: int) -> Iterator[slice]:
+    """Slices of rows that take up to `_CHUNK_BYTES` in float32, at least one row each."""
+    size = max(1, _CHUNK_BYTES // max(4 * row_elements, 1))
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
