@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sia.errors import WeightsError
+from sia.weights.memory import halving
 from sia.weights.policy import Sampled, Scores, Tokens
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -37,6 +38,15 @@ class _Layer:
 
     layer: Any
     weight: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Generated:
+    """Answers, (B, T), with 0 on the padding of all but the ids."""
+
+    answers_BT: Tensor
+    logprobs_BT: Tensor
+    mask_BT: Tensor
 
 
 class CausalLM:
@@ -84,7 +94,9 @@ class CausalLM:
         self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
         self.device = torch.device(device)
         self._half = self.device.type == "cuda"
-        self._tokenizer, model = _load(base, download, torch.bfloat16 if self._half else None)
+        self._tokenizer, model = _load(
+            base, download, torch.bfloat16 if self._half else torch.float32
+        )
         end = model.generation_config.eos_token_id if model.generation_config else None
         ends = end if isinstance(end, list) else [end]
         self._ends = sorted({e for e in (*ends, self._tokenizer.eos_token_id) if e is not None})
@@ -101,6 +113,7 @@ class CausalLM:
             self._pad = self._end
         self.base_sha256 = _identity(model)
         self._seed = seed
+        self._sample_size = 2**20  # prompts that are answered at once; less where memory ran out
         self._checkpoint = checkpoint_activations
         model.to(self.device)
         if checkpoint_activations:
@@ -138,7 +151,8 @@ class CausalLM:
         lengths_B = torch.tensor([len(row) for row in rows], device=self.device)
         mask_BT = (torch.arange(longest, device=self.device) < lengths_B[:, None]).float()
         inputs = {"prompts": prompts_NP, "prompt_mask": prompt_mask_NP, "answers": answers_BT}
-        return Tokens(inputs=inputs, mask_BT=mask_BT, cut=cut)
+        width = prompts_NP.shape[1] + longest
+        return Tokens(inputs=inputs, mask_BT=mask_BT, width=width, cut=cut)
 
     def ends(self, tokens: Tokens) -> Tensor:
         """Characters of the answer up to and including each token."""
@@ -155,7 +169,9 @@ class CausalLM:
         for prompt in prompts:
             if self._tokenizer.chat_template:
                 text = self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                    [{"role": "user", "content": prompt}],
+                    add_generation_prompt=True,
+                    tokenize=False,
                 )
                 ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             else:
@@ -182,12 +198,29 @@ class CausalLM:
 
         Answers that are finished leave the batch when half of it is.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
         prompts_NP, prompt_mask_NP, cut = self._prompts(prompts)
-        with self._answering(), self._precision():
-            answers_BT, logprobs_BT, mask_BT = self._generate(
-                prompts_NP, prompt_mask_NP, group, temperature, generator
-            )
+
+        def run(size: int) -> list[_Generated]:
+            generator = torch.Generator(self.device).manual_seed(seed)
+            with self._answering(), self._precision():
+                return [
+                    self._generate(
+                        prompts_NP[k : k + size], prompt_mask_NP[k : k + size],
+                        group, temperature, generator,
+                    )
+                    for k in range(0, len(prompts), size)
+                ]  # fmt: skip
+
+        # A part is a whole prompt at least; other parts draw other answers from the same seed.
+        done = halving(run, min(self._sample_size, max(len(prompts), 1)))
+        if done.size < len(prompts):
+            self._sample_size = done.size
+        longest = max((part.mask_BT.shape[1] for part in done.value), default=1)
+        answers_BT = torch.cat(
+            [_widened(part.answers_BT, longest, self._pad) for part in done.value]
+        )
+        mask_BT = torch.cat([_widened(part.mask_BT, longest) for part in done.value])
+        logprobs_BT = torch.cat([_widened(part.logprobs_BT, longest) for part in done.value])
         inputs = {
             "prompts": prompts_NP.repeat_interleave(group, 0),
             "prompt_mask": prompt_mask_NP.repeat_interleave(group, 0),
@@ -198,7 +231,8 @@ class CausalLM:
             self._text(row[:length])
             for row, length in zip(answers_BT.tolist(), lengths, strict=True)
         ]
-        tokens = Tokens(inputs=inputs, mask_BT=mask_BT, cut=cut)
+        width = prompts_NP.shape[1] + longest
+        tokens = Tokens(inputs=inputs, mask_BT=mask_BT, width=width, cut=cut)
         return Sampled(answers=texts, tokens=tokens, logprobs_BT=logprobs_BT)
 
     def _generate(
@@ -208,8 +242,8 @@ class CausalLM:
         group: int,
         temperature: float,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Answers, their log-probabilities, and their mask, (B, T) each."""
+    ) -> _Generated:
+        """Answers to some prompts."""
         from transformers import DynamicCache
 
         model = self._peft.get_base_model()
@@ -254,8 +288,12 @@ class CausalLM:
                 use_cache=True,
             )  # fmt: skip
             logits_AV = out.logits[:, -1]
-        longest = int(mask_BT.sum(1).max()) if B else 0
-        return answers_BT[:, :longest], logprobs_BT[:, :longest], mask_BT[:, :longest]
+        longest = int(mask_BT.sum(1).max())
+        return _Generated(
+            answers_BT=answers_BT[:, :longest],
+            logprobs_BT=logprobs_BT[:, :longest],
+            mask_BT=mask_BT[:, :longest],
+        )
 
     # Scoring
 
@@ -286,7 +324,7 @@ class CausalLM:
                 use_cache=False, logits_to_keep=longest + 1, output_hidden_states=values,
             )  # fmt: skip
         logits_BTV = out.logits[:, :-1]
-        logprobs_BT = _LogProbs.apply(logits_BTV, answers_BT, temperature) * mask_BT
+        logprobs_BT = chosen_logprobs(logits_BTV, answers_BT, temperature) * mask_BT
         entropy_BT = values_BT = None
         if entropy:
             entropy_BT = _widened(_entropy(logits_BTV, temperature) * mask_BT, T)
@@ -313,6 +351,8 @@ class CausalLM:
         if self._value_head is not None:
             head = {name: t.detach().cpu() for name, t in self._value_head.state_dict().items()}
             save_file(head, folder / VALUE_FILE, metadata={"format": "pt"})
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
 
     def load_adapter(self, folder: Path) -> None:
         """Reads an adapter; its rank, alpha, targets and kind replace those of the fresh one."""
@@ -340,13 +380,15 @@ class CausalLM:
         self._peft = self._adapted(self._peft.unload(), config)
         self._module["model"] = self._peft
         try:
-            unknown = set_peft_model_state_dict(self._peft, tensors).unexpected_keys
+            result: Any = set_peft_model_state_dict(self._peft, tensors)
         except RuntimeError as error:
-            raise WeightsError(f"The adapter in {folder} does not fit its config: {error}") from error
-        if unknown:
+            raise WeightsError(
+                f"The adapter in {folder} does not fit its config: {error}"
+            ) from error
+        if result.unexpected_keys:
             raise WeightsError(
                 f"The adapter in {folder} has weights for layers that {self.base!r} lacks, for "
-                f"example {unknown[0]!r}."
+                f"example {result.unexpected_keys[0]!r}."
             )
         if self._value_head is not None and (folder / VALUE_FILE).is_file():
             self._value_head.load_state_dict(load_file(folder / VALUE_FILE))
@@ -382,9 +424,10 @@ class CausalLM:
         try:
             for layer in self._peft.modules():
                 if isinstance(layer, LoraLayer):
-                    weight = layer.get_base_layer().weight
-                    merged.append(_Layer(layer=layer, weight=weight.detach().clone()))
-                    layer.merge()
+                    linear: Any = layer
+                    weight = linear.get_base_layer().weight.detach().clone()
+                    merged.append(_Layer(layer=linear, weight=weight))
+                    linear.merge()
             yield
         finally:
             for one in merged:
@@ -398,12 +441,12 @@ class CausalLM:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def _load(base: str, download: bool, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _load(base: str, download: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tokenizer and model; dropout is switched off in the model's own configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()
+    cast(Any, transformers_logging).disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     here = {"local_files_only": not download}
     try:
@@ -412,9 +455,7 @@ def _load(base: str, download: bool, dtype: torch.dtype | None) -> tuple[Any, An
             if ("drop" in name or name.endswith("pdrop")) and isinstance(value, float):
                 setattr(config.get_text_config(), name, 0.0)
         tokenizer = AutoTokenizer.from_pretrained(base, **here)
-        model = AutoModelForCausalLM.from_pretrained(
-            base, config=config, dtype=dtype or torch.float32, **here
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=dtype, **here)
     except (OSError, ValueError, KeyError) as error:
         fetch = "" if download else " If it may be fetched from the model hub: policy.download=true"
         raise WeightsError(
@@ -429,9 +470,10 @@ def _lora_config(rank: int, alpha: float, dora: bool, targets: str) -> Any:
     from peft import LoraConfig
 
     names = [name.strip() for name in targets.split(",")]
+    scale: Any = int(alpha) if float(alpha).is_integer() else alpha  # PEFT says int and takes both
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=scale,
         use_dora=dora,
         target_modules=targets if targets == "all-linear" else names,
         lora_dropout=0.0,
@@ -463,8 +505,8 @@ def _positions(mask_BL: Tensor) -> Tensor:
     return (mask_BL.cumsum(1) - 1).clamp(min=0)
 
 
-def _widened(values_BT: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]))
+def _widened(values_BT: Tensor, width: int, fill: int = 0) -> Tensor:
+    return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]), value=fill)
 
 
 def _entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
@@ -472,8 +514,14 @@ def _entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
     return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
+def chosen_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> Tensor:
+    """The log softmax(logits / temperature) at the given tokens, (B, T), in float32."""
+    found: Tensor = _LogProbs.apply(logits_BTV, ids_BT, temperature)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _LogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature) at given tokens, without a second tensor of size (B, T, V).
+    """See `chosen_logprobs`; makes no second tensor of size (B, T, V) on the way there.
 
     What is kept for the gradient is the logits themselves and one number a token; both directions
     work in slices of a few dozen MiB.

@@ -59,17 +59,19 @@ class Tokens:
     Attributes:
         inputs: Tensors whose first axis is B; only the policy that made them looks inside.
         mask_BT: 1.0 for tokens of the answer, 0.0 for padding, which is on the right.
+        width: Tokens that the model reads for one row, prompt, answer and padding.
         cut: How many prompts or answers were longer than the policy's limits and were cut.
     """
 
     inputs: dict[str, Tensor]
     mask_BT: Tensor
+    width: int
     cut: int = 0
 
     def rows(self, index: Tensor | slice) -> Tokens:
         """Some of the answers, in the order of `index`."""
         inputs = {name: tensor[index] for name, tensor in self.inputs.items()}
-        return Tokens(inputs=inputs, mask_BT=self.mask_BT[index])
+        return Tokens(inputs=inputs, mask_BT=self.mask_BT[index], width=self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,18 @@ class Policy(Protocol):
         ...
 
     @property
+    def base(self) -> str:
+        """What the base is called, for messages and records."""
+        ...
+
+    @property
     def base_sha256(self) -> str:
         """Identity of the base; an adapter fits no other one."""
+        ...
+
+    @property
+    def max_answer_tokens(self) -> int:
+        """Tokens of the longest answer that it can give; 1 where an answer is one label."""
         ...
 
     def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> Tokens:

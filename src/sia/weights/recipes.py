@@ -85,6 +85,14 @@ class StepBatch:
     old_values_BT: Tensor | None = None
     targets_BT: Tensor | None = None
 
+    def rows(self, part: slice) -> StepBatch:
+        """Some of the answers."""
+        parts = {
+            name: value[part] for name, value in vars(self).items() if name.endswith("_BT")
+            if value is not None
+        }  # fmt: skip
+        return dataclasses.replace(self, **parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
