@@ -1,9 +1,9 @@
 """Whether every recipe teaches: a small language model learns to sort four digits, three seeds.
 
 For each seed a random model (two layers, one token a character) is taught the form of an answer:
-the digits of the prompt in any order. Every recipe starts from there with the same settings, its own
-defaults otherwise, in a process of its own on one core. Before and after, 500 items that no update
-sees are answered once each; the difference is tested over items.
+the digits of the prompt in any order. Every recipe starts from there with the same learning rate
+and its own defaults otherwise, in a process of its own on one core. Before and after, 500 items
+that no update sees are answered once each; the difference is tested over items.
 
     python benchmarks/learning.py                     reports/weights_learning.md and the curves
     python benchmarks/learning.py --recipes grpo --seeds 0 --steps 20 --out /tmp/try

@@ -271,6 +271,23 @@ def test_recomputed_activations_change_nothing(
     assert torch.allclose(found[0], found[1])
 
 
+def test_half_precision_trains_a_float32_adapter(base: Path, job: Job) -> None:
+    half = CausalLM(base=str(base), rank=4, max_answer_tokens=6, precision="bfloat16")
+    whole = CausalLM(base=str(base), rank=4, max_answer_tokens=6)
+    assert half.base_sha256 == whole.base_sha256
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    disturb(half)
+    sampled = half.sample(["1 or 2?"], group=50, temperature=1.0, seed=0)
+    scored = half.logprobs(sampled.tokens).logprobs_BT
+    assert scored.dtype == torch.float32
+    assert torch.allclose(scored, sampled.logprobs_BT, atol=0.15)
+    data = job(recipe={"name": "ppo", "kl_coef": 0.1})
+    record = run({**data, "policy": {**data["policy"], "precision": "bfloat16"}})
+    assert all(math.isfinite(point["loss"]) for point in record.curve)
+    with pytest.raises(WeightsError, match="precision='int4' is none of"):
+        CausalLM(base=str(base), precision="int4")
+
+
 def test_chosen_logprobs_are_those_of_a_softmax_with_its_gradient() -> None:
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 7, generator=random)

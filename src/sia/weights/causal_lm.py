@@ -28,7 +28,6 @@ from sia.weights.policy import Sampled, Scores, Tokens
 ADAPTER_FILE = "adapter_model.safetensors"
 VALUE_FILE = "value_head.safetensors"
 BASE_KEY = "sia.base_sha256"
-# A model in half precision is not merged with its adapter for sampling: rounding would eat it.
 _CHUNK_BYTES = 64 * 2**20
 
 
@@ -50,10 +49,7 @@ class _Generated:
 
 
 class CausalLM:
-    """A frozen base, an adapter on its linear layers, and a value head if asked for.
-
-    In float32 on a CPU, in bfloat16 with a float32 adapter on a GPU.
-    """
+    """A frozen base, an adapter on its linear layers, and a value head if asked for."""
 
     def __init__(
         self,
@@ -68,6 +64,7 @@ class CausalLM:
         max_answer_tokens: int = 256,
         checkpoint_activations: bool = False,
         device: str = "cpu",
+        precision: str = "auto",
         download: bool = False,
         seed: int = 0,
     ) -> None:
@@ -84,16 +81,22 @@ class CausalLM:
             max_answer_tokens: Longer answers lose their end.
             checkpoint_activations: Compute activations twice instead of keeping them.
             device: `cpu`, `cuda`, or `cuda:1`.
+            precision: Of the base, `float32` or `bfloat16`; `auto` is the latter on a GPU. What is
+                trained is float32 in any case.
             download: Whether the base may be fetched; otherwise it has to be on this machine.
             seed: Of the fresh adapter.
 
         Raises:
-            WeightsError: The base cannot be loaded, or has no end-of-text token.
+            WeightsError: The base cannot be loaded, or has no end-of-text token; the precision is
+                unknown.
         """
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise WeightsError(f"precision={precision!r} is none of auto, float32, bfloat16.")
         self.base = base
         self.max_prompt_tokens, self.max_answer_tokens = max_prompt_tokens, max_answer_tokens
         self.device = torch.device(device)
-        self._half = self.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
+        self._half = precision == "bfloat16" or (precision == "auto" and on_gpu)
         self._tokenizer, model = _load(
             base, download, torch.bfloat16 if self._half else torch.float32
         )

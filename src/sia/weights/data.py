@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -271,8 +272,10 @@ class Steps:
         self.tally = Tally(**state["tally"])
         self._prepared = None
         if (prepared := state.get("prepared")) is not None:
-            tokens = Tokens(**prepared["tokens"])
-            self._prepared = _Prepared(**{**prepared, "tokens": tokens})
+            # A checkpoint is read into the memory of the CPU.
+            device = next(self._policy.module.parameters()).device
+            there = move_data_to_device(prepared, device)
+            self._prepared = _Prepared(**{**there, "tokens": Tokens(**there["tokens"])})
 
     def _next_round(self) -> bool:
         """Draws until a round has something to learn from; False if none has."""

@@ -100,7 +100,10 @@ def load_train_task(path: Path, public: Path) -> TrainTask:
         ) from error
     for name in ("items", "reward"):
         if not callable(getattr(module, name, None)):
-            raise WeightsError(f"{path} has no function {name}(). See docs/weights.md.")
+            raise WeightsError(
+                f"{path} has no function {name}(). A train.py has items(public_dir) and "
+                "reward(item, answer)."
+            )
     rows = [dict(row) for row in module.items(public)]
     try:
         items = [

@@ -55,8 +55,8 @@ class Limits:
 
     Attributes:
         steps: Optimiser steps at most; None: those of the recipe.
-        wall_s: Seconds for everything, loading and probes included; None: no limit. The update ends
-            cleanly with the steps it has.
+        wall_s: Seconds for everything that this process does, loading and probes included; None: no
+            limit. The update ends cleanly with the steps it has.
         probe_items: Train items that are answered before and after, to see what was gained; 0 to
             save the time.
         checkpoint_steps: A killed update loses at most so many steps.
