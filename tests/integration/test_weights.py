@@ -271,6 +271,43 @@ def test_recomputed_activations_change_nothing(
     assert torch.allclose(found[0], found[1])
 
 
+ARCHITECTURES = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "OPT": {"hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32},
+    "GPTNeoX": {"hidden_size": 32, "intermediate_size": 32},
+    "Qwen2": {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 2},
+    "Mistral": {
+        "hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 1, "sliding_window": 4,
+    },
+    "Gemma2": {
+        "hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16,
+        "sliding_window": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_sample_as_they_score(name: str, base: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, **ARCHITECTURES[name]},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
+    policy = CausalLM(base=str(tmp_path), rank=4, max_answer_tokens=9, values=True)
+    disturb(policy)
+    sampled = policy.sample(["1", "2 or 33?"], group=30, temperature=1.0, seed=0)
+    scored = policy.logprobs(sampled.tokens, values=True)
+    assert torch.allclose(sampled.logprobs_BT, scored.logprobs_BT, atol=1e-4)
+    assert scored.values_BT is not None
+    (scored.logprobs_BT.sum() + scored.values_BT.sum()).backward()
+    assert all(p.grad is not None for p in policy.parameters())
+
+
 def test_half_precision_trains_a_float32_adapter(base: Path, job: Job) -> None:
     half = CausalLM(base=str(base), rank=4, max_answer_tokens=6, precision="bfloat16")
     whole = CausalLM(base=str(base), rank=4, max_answer_tokens=6)
@@ -464,11 +501,10 @@ def length_task(rounds: int = 1000) -> TrainTask:
 
 
 def fitted(policy: Any, chosen: Any, source: Any, work: Path) -> list[dict[str, Any]]:
-    _, module = fit(
+    return fit(
         policy=policy, recipe=chosen, source=source, work=work, seed=1, device="cpu",
         checkpoint_steps=5, deadline=None,
-    )  # fmt: skip
-    return module.curve
+    ).curve  # fmt: skip
 
 
 # Samples

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import warnings
@@ -115,6 +116,7 @@ class CausalLM:
         if self._pad is None:
             self._pad = self._end
         self.base_sha256 = _identity(model)
+        self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._seed = seed
         self._sample_size = 2**20  # prompts that are answered at once; less where memory ran out
         self._checkpoint = checkpoint_activations
@@ -257,10 +259,9 @@ class CausalLM:
         mask_BT = torch.zeros(B, limit, device=self.device)
         ends = torch.tensor(self._ends, device=self.device)
         cache = DynamicCache(config=model.config)
-        out = model(
-            input_ids=prompts_NP, attention_mask=prompt_mask_NP,
-            position_ids=_positions(prompt_mask_NP), cache=cache, use_cache=True,
-            logits_to_keep=1,
+        out = self._read(
+            model, prompts_NP, prompt_mask_NP, _positions(prompt_mask_NP), 1,
+            cache=cache, use_cache=True,
         )  # fmt: skip
         cache.batch_repeat_interleave(group)
         logits_AV = out.logits[:, -1].repeat_interleave(group, 0)
@@ -285,10 +286,9 @@ class CausalLM:
                 rows_A, next_A, seen_AL = rows_A[alive_A], next_A[alive_A], seen_AL[alive_A]
                 alive_A = alive_A[alive_A]
             seen_AL = torch.cat([seen_AL, seen_AL.new_ones(len(rows_A), 1)], 1)
-            out = model(
-                input_ids=next_A[:, None], attention_mask=seen_AL,
-                position_ids=seen_AL.sum(1, keepdim=True) - 1, cache=cache,
-                use_cache=True,
+            out = self._read(
+                model, next_A[:, None], seen_AL, seen_AL.sum(1, keepdim=True) - 1, 1,
+                cache=cache, use_cache=True,
             )  # fmt: skip
             logits_AV = out.logits[:, -1]
         longest = int(mask_BT.sum(1).max())
@@ -320,13 +320,14 @@ class CausalLM:
         ids_BL = torch.cat([tokens.inputs["prompts"][:, start:], answers_BT], 1)
         seen_BL = torch.cat([prompt_mask_BP[:, start:], mask_BT.to(prompt_mask_BP.dtype)], 1)
         adapter = self._peft.disable_adapter() if base else contextlib.nullcontext()
-        self._peft.train(self._checkpoint and torch.is_grad_enabled())
+        if self._checkpoint:
+            self._peft.train(torch.is_grad_enabled())
         with adapter, self._precision():
-            out = self._peft(
-                input_ids=ids_BL, attention_mask=seen_BL, position_ids=_positions(seen_BL),
-                use_cache=False, logits_to_keep=longest + 1, output_hidden_states=values,
+            out = self._read(
+                self._peft, ids_BL, seen_BL, _positions(seen_BL), longest + 1,
+                use_cache=False, output_hidden_states=values,
             )  # fmt: skip
-        logits_BTV = out.logits[:, :-1]
+        logits_BTV = out.logits[:, -longest - 1 : -1]
         logprobs_BT = chosen_logprobs(logits_BTV, answers_BT, temperature) * mask_BT
         entropy_BT = values_BT = None
         if entropy:
@@ -338,6 +339,22 @@ class CausalLM:
         return Scores(
             logprobs_BT=_widened(logprobs_BT, T), entropy_BT=entropy_BT, values_BT=values_BT
         )
+
+    def _read(
+        self,
+        model: Any,
+        ids_BL: Tensor,
+        seen_BL: Tensor,
+        positions_BL: Tensor,
+        keep: int,
+        **options: Any,
+    ) -> Any:
+        """One pass through the model; positions and `keep` for those that know of them."""
+        if "position_ids" in self._accepts:
+            options["position_ids"] = positions_BL
+        if "logits_to_keep" in self._accepts:
+            options["logits_to_keep"] = keep
+        return model(input_ids=ids_BL, attention_mask=seen_BL, **options)
 
     # The adapter
 
@@ -416,7 +433,8 @@ class CausalLM:
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
         """With the adapter merged into the base, so that sampling costs what the base costs."""
-        self._peft.eval()
+        if self._checkpoint:
+            self._peft.eval()
         if self._half:
             # Rounded to bfloat16, small steps of the adapter would vanish in the base.
             yield

@@ -41,7 +41,6 @@ from sia.weights.rollout import TrainTask, hand, load_train_task, read_samples
 
 if TYPE_CHECKING:
     from sia.weights.data import Source, Steps
-    from sia.weights.module import Update
 
 UPDATE_FILE = "update.json"
 TINY = 4_000_000  # parameters; below it a second thread costs more than it brings
@@ -170,6 +169,14 @@ class Record:
     seed: int
     packages: dict[str, str]
     report: Report
+    curve: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The steps that were taken, with their tally, and the curve of loss and reward over them."""
+
+    steps: Steps
     curve: list[dict[str, Any]]
 
 
@@ -303,17 +310,18 @@ def _made(job: Job, chosen: Recipe, work: Path, digest: str, begun: float) -> Re
     deadline = None
     if job.limits.wall_s is not None:
         deadline = begun + job.limits.wall_s - (before.seconds if before else 0.0)
-    steps, module = fit(
+    fitted = fit(
         policy=policy, recipe=chosen, source=source, work=work, seed=job.seed, device=device,
         checkpoint_steps=job.limits.checkpoint_steps, deadline=deadline,
     )  # fmt: skip
-    if not module.curve:
+    steps, curve = fitted.steps, fitted.curve
+    if not curve:
         raise WeightsError(_nothing(job, chosen, steps))
     after = _probe(job, chosen, policy, task) if before else None
     tally = steps.tally
     report = Report(
         ended=steps.ended,
-        steps=len(module.curve),
+        steps=len(curve),
         tokens=tally.tokens,
         seconds=round(steps.seconds, 3),
         tokens_per_s=round(tally.tokens / max(steps.seconds, 1e-9), 1),
@@ -343,7 +351,7 @@ def _made(job: Job, chosen: Recipe, work: Path, digest: str, begun: float) -> Re
         seed=job.seed,
         packages={name: metadata.version(name) for name in PACKAGES},
         report=report,
-        curve=module.curve,
+        curve=curve,
     )
     folder = work / "adapter"
     folder.mkdir()
@@ -453,7 +461,7 @@ def fit(
     device: str,
     checkpoint_steps: int,
     deadline: float | None,
-) -> tuple[Steps, Update]:
+) -> Fitted:
     """Takes the steps of a recipe, from the last checkpoint in `work` if there is one."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -489,7 +497,7 @@ def fit(
         )  # fmt: skip
     steps.pause()
     policy.module.to(device)  # Lightning leaves what it has trained on the CPU
-    return steps, module
+    return Fitted(steps=steps, curve=module.curve)
 
 
 def _newest_checkpoint(work: Path) -> str | None:
