@@ -486,6 +486,39 @@ def test_five_steps_and_five_are_ten(epochs: int, base: Path, tmp_path: Path) ->
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
 
 
+def test_every_round_is_answered_by_the_policy_of_the_step_before(
+    base: Path, tmp_path: Path
+) -> None:
+    """Nothing is sampled ahead, as data loaders like to do."""
+    policy = CausalLM(base=str(base), rank=4, max_answer_tokens=6)
+    chosen = Grpo(items=4, group=4, steps=5, warmup=0, lr=3e-3)
+    seen: list[float] = []
+
+    class Watched(Rollouts):
+        def draw(self, number: int) -> Any:
+            seen.append(sum(float(p.detach().abs().sum()) for p in policy.parameters()))
+            return super().draw(number)
+
+    fitted(
+        policy, chosen, Watched(policy=policy, recipe=chosen, task=length_task(), seed=1), tmp_path
+    )
+    assert len(seen) == len(set(seen)) == 5
+
+
+def test_an_interrupted_update_goes_on(job: Job, tmp_path: Path) -> None:
+    code = KILLED.replace("{after}", "50").replace(
+        "os.kill(os.getpid(), signal.SIGKILL)", "raise KeyboardInterrupt"
+    )
+    data = job(recipe={"name": "grpo", "steps": 6}, train=code)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(data)
+    signal.signal(signal.SIGINT, handler)  # Lightning turns it off while it shuts down
+    assert left_behind(tmp_path) == {".child.update", "killed"}
+    resumed = run(data)
+    assert resumed.curve == run({**data, "out": str(tmp_path / "unbroken")}).curve
+
+
 def length_task(rounds: int = 1000) -> TrainTask:
     """Long answers are good; the reward fails after some rounds of 16 answers."""
     items = [Item(id=str(n), prompt=f"{n}?") for n in range(20)]
