@@ -15,12 +15,14 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent / "sorting"))
@@ -31,6 +33,7 @@ SETTINGS = {"lr": 1e-3}
 LIMIT_S = 300
 FORM_STEPS, FORM_BATCH, FORM_LR = 400, 128, 2e-3
 DRAWS = 10_000
+EXAMINING = threading.Lock()  # transformers cannot be imported by two threads at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,8 @@ def measure(work: Path, recipe: str, seed: int, steps: int) -> Outcome:
     if done.returncode != 0:
         raise SystemExit(f"{path}: {done.stderr}")
     record = read_record(out)
-    before, after = (np.array(examine(base, adapter, seed)) for adapter in (None, out))
+    with EXAMINING:
+        before, after = (np.array(examine(base, adapter, seed)) for adapter in (None, out))
     gain = paired_difference(before, after, draws=DRAWS, rng=stream(seed, "learning"))
     report = record.report
     return Outcome(
@@ -171,7 +175,7 @@ def table(outcomes: Sequence[Outcome], command: str) -> str:
     for o in outcomes:
         silent = "" if o.silent_share is None else f"{o.silent_share:.2f}"
         lines.append(
-            f"| {o.recipe} | {o.seed} | {o.before:.3f} | {o.after:.3f} | +{o.after - o.before:.3f} "
+            f"| {o.recipe} | {o.seed} | {o.before:.3f} | {o.after:.3f} | {o.after - o.before:+.3f} "
             f"[{o.low:+.3f}, {o.high:+.3f}] | {o.steps} | {o.wall_s:.0f} "
             f"| {o.steps / o.seconds:.1f} | {o.tokens_per_s:.0f} | {o.kl:.2f} | {o.entropy:.2f} "
             f"| {silent} |"
@@ -218,7 +222,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "learning", help="scratch")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "learning",
+        help="scratch; outcomes that lie there are not measured again",
+    )
     parser.add_argument("--out", type=Path, default=ROOT, help="reports/ and docs/ lie below it")
     args = parser.parse_args()
     import torch
@@ -233,7 +242,11 @@ def main() -> None:
     jobs = [(recipe, seed) for recipe in args.recipes for seed in args.seeds]
 
     def one(job: tuple[str, int]) -> Outcome:
+        kept = args.work / f"{job[0]}-{job[1]}.outcome.json"
+        if kept.is_file():
+            return msgspec.json.decode(kept.read_bytes(), type=Outcome)
         found = measure(args.work, *job, args.steps)
+        kept.write_bytes(msgspec.json.encode(found))
         print(
             f"{found.recipe} seed {found.seed}: {found.before:.3f} -> {found.after:.3f}", flush=True
         )
@@ -241,8 +254,6 @@ def main() -> None:
 
     with ThreadPoolExecutor(args.workers) as pool:
         outcomes = list(pool.map(one, jobs))
-    data: list[dict[str, Any]] = [asdict(outcome) for outcome in outcomes]
-    (args.work / "outcomes.json").write_text(json.dumps(data, indent=1))
     command = "python benchmarks/learning.py"
     (args.out / "reports" / "weights_learning.md").write_text(table(outcomes, command))
     draw(outcomes, args.out / "docs" / "weights_learning.svg")

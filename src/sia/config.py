@@ -260,6 +260,8 @@ class PpoConfig(OnPolicyConfig):
     _target_: str = "sia.weights.recipes.Ppo"
     name: str = "ppo"
     epochs: int = 2
+    kl_coef: float = 0.02
+    kl_estimator: str = "k1"
     clip_low: float = 0.2
     clip_high: float = 0.2
     gamma: float = 1.0

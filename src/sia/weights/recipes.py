@@ -407,7 +407,8 @@ class Ppo(Clipped):
         value_coef: Weight of the value loss.
         value_clip: How far the value may move in a round; None: as far as it wants.
         entropy_coef: Weight of the entropy bonus; 0 saves its memory.
-        whiten: Whether advantages are scaled to mean 0 and variance 1 over the round.
+        whiten: Whether advantages are scaled to mean 0 and variance 1 over the round. Once most
+            answers are right this blows noise up; the charge for divergence keeps it in bounds.
     """
 
     needs: ClassVar[str] = "values"
@@ -416,6 +417,8 @@ class Ppo(Clipped):
 
     name: str = "ppo"
     epochs: int = 2
+    kl_coef: float = 0.02
+    kl_estimator: str = "k1"
     gamma: float = 1.0
     lam: float = 0.95
     value_coef: float = 0.5

@@ -233,7 +233,10 @@ def update(job: Job) -> Record:
     begun = time.monotonic()
     chosen = _limited(job)
     out = Path(job.out)
-    digest = hashlib.sha256(to_json(dataclasses.replace(job, limits=Limits()))).hexdigest()
+    # What the job amounts to: with the recipe's defaults, and whatever its limits.
+    settings = dataclasses.asdict(find_recipe(job.recipe))
+    whole = dataclasses.replace(job, recipe=settings, limits=Limits())
+    digest = hashlib.sha256(to_json(whole)).hexdigest()
     if out.exists():
         if (out / UPDATE_FILE).is_file() and read_record(out).job_sha256 == digest:
             return read_record(out)

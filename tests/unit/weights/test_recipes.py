@@ -135,7 +135,7 @@ VARIANTS: list[dict] = [
     {"name": "grpo", "kl_coef": 0.1},
     {"name": "grpo", "average": "token", "clip_high": 0.28},
     {"name": "reinforce", "average": "sequence"},
-    {"name": "ppo", "entropy_coef": 0.1, "kl_coef": 0.1, "value_clip": None},
+    {"name": "ppo", "entropy_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k3", "value_clip": None},
     {"name": "dpo", "kl_coef": 0.1},
     {"name": "best_of_n", "kl_coef": 0.1, "top_k": 3},
 ]
