@@ -588,7 +588,7 @@ def test_step_rewards_are_paid_at_the_token_that_ends_the_step(policy: CausalLM)
         Sample(item="a", prompt="1", answer="1234", reward=9.0, group="a", step_rewards=steps),
         Sample(item="b", prompt="1", answer="12", reward=0.7, group="b"),
     ]
-    chosen = Ppo(whiten=False, lam=1.0, gamma=1.0, epochs=1, steps=1)
+    chosen = Ppo(whiten=False, lam=1.0, gamma=1.0, epochs=1, steps=1, kl_coef=0)
     recorded = Recorded(policy=policy, recipe=chosen, samples=made, seed=0)
     answers = recorded.draw(0)
     order = answers.groups
