@@ -1,4 +1,4 @@
-"""`python -m sia.weights JOB.json | fetch NAME | serve --model NAME_OR_PATH`: training and local models.
+"""`python -m sia.weights JOB.json | fetch NAME | serve --model ...`: training, and local models.
 
 JOB.json   makes one update of the weights, in this process; see sia.weights.update.Job
 fetch      brings a model onto this machine, checked by hash
