@@ -188,6 +188,7 @@ def without_twins(cases: Cases) -> Cases:
     first = {text: i for i, text in reversed(list(enumerate(cases.train_texts)))}
     keep = sorted(first.values())
     return Cases(
+        train_ids=[cases.train_ids[i] for i in keep],
         train_texts=[cases.train_texts[i] for i in keep],
         answers=[cases.answers[i] for i in keep],
         item_ids=[],

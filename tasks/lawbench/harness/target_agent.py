@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 from classifiers import Classifier, Labels, center, kernel_classifier, one_hot, prototypes
+from policy import policy_folder, policy_scores
 from rerank import Rerank, best_labels, choose, duels, name_overlap
 from texts import Cases, Mask, read_cases
 from trajectories import write_trajectories
@@ -49,8 +50,15 @@ def score_items(cases: Cases, config: Mapping[str, Any]) -> tuple[Matrix, Matrix
     texts = cases.train_texts + cases.item_texts
     grams = [(view.weight, own) for view, own in view_grams(texts, config)]
     overlap = name_overlap(texts, cases.labels) if config["rerank"]["names"] else None
-    answers = np.array(cases.answers)
-    return score_grams(grams, answers, n_labels=len(cases.labels), config=config, overlap=overlap)
+    folder = policy_folder() if config["policy"]["use"] else None
+    return score_grams(
+        grams,
+        np.array(cases.answers),
+        n_labels=len(cases.labels),
+        config=config,
+        overlap=overlap,
+        policy=policy_scores(cases, folder) if folder else None,
+    )
 
 
 def view_grams(texts: Sequence[str], config: Mapping[str, Any]) -> list[tuple[View, Matrix]]:
@@ -75,6 +83,7 @@ def score_grams(
     n_labels: int,
     config: Mapping[str, Any],
     overlap: Matrix | None,
+    policy: Matrix | None = None,
 ) -> tuple[Matrix, Matrix]:
     """The summed similarities and the label scores of the items.
 
@@ -84,9 +93,12 @@ def score_grams(
         n_labels: C.
         config: Sections `classifier` and `rerank` are used.
         overlap: Evidence from the names of the labels, shape (N, C), for the second stage.
+        policy: Log-probabilities under a trained policy, shape (N, C), cross-fitted on train, for
+            the second stage.
     """
     settings, second = Classifier(**config["classifier"]), Rerank(**config["rerank"])
-    if second.use:
+    two_stages = second.use or policy is not None
+    if two_stages:
         # Leave-one-out scores are exact for ridge only; with the hinge they cost five points.
         settings = replace(settings, hinge_rounds=0)
     targets = one_hot(answers, n_labels)
@@ -97,7 +109,7 @@ def score_grams(
     if settings.center:
         gram = center(gram)
     first = kernel_classifier(gram, targets, settings=settings).stacked()
-    if not second.use:
+    if not two_stages:
         return gram, first[len(answers) :]
 
     opinions = [first]
@@ -110,6 +122,8 @@ def score_grams(
         opinions.append(prototypes(gram, answers, n_labels).stacked())
     if overlap is not None:
         opinions.append(overlap)
+    if policy is not None:
+        opinions.append(policy)
     candidates = best_labels(first, second.top_k)
     evidence = [np.take_along_axis(opinion, candidates, 1) for opinion in opinions]
     if second.duels:

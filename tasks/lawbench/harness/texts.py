@@ -31,6 +31,7 @@ PAIR_REACH = 12
 class Cases:
     """Train and items of one public folder; `answers[i]` is the label index of `train_texts[i]`."""
 
+    train_ids: list[str]
     train_texts: list[str]
     answers: list[int]
     item_ids: list[str]
@@ -55,6 +56,7 @@ def read_cases(dataset_dir: Path) -> Cases:
     train = _rows(dataset_dir / "train.csv")
     items = _rows(dataset_dir / "items.csv")
     return Cases(
+        train_ids=[row["id"] for row in train],
         train_texts=[row["text"] for row in train],
         answers=[index[row["label"]] for row in train],
         item_ids=[row["id"] for row in items],
