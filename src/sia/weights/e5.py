@@ -161,7 +161,7 @@ def write_base(packed: Packed, folder: Path) -> None:
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     with torch.device("meta"):
-        model = BertModel(config, add_pooling_layer=False)
+        model: Any = BertModel(config, add_pooling_layer=False)
     missing = model.load_state_dict(_weights(packed), strict=False, assign=True).missing_keys
     if missing := [name for name in missing if "position_ids" not in name]:
         raise WeightsError(f"The model file lacks weights: {missing[0]}")
@@ -206,7 +206,8 @@ def _tokenizer(packed: Packed) -> Any:
     unigram.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}", special_tokens=[(begin, packed.begin), (end, packed.end)]
     )
-    return PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast  # its stub lacks types
+    return fast(
         tokenizer_object=unigram, bos_token=begin, eos_token=end,
         pad_token=packed.pieces[packed.pad], unk_token=packed.pieces[packed.unknown],
         model_max_length=packed.positions,

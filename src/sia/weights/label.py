@@ -18,7 +18,7 @@ import logging
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -322,12 +322,12 @@ class Label:
         self._peft = self._adapted(tower, config)
         self._module["tower"] = self._peft
         try:
-            unknown = set_peft_model_state_dict(self._peft, tensors).unexpected_keys
+            result: Any = set_peft_model_state_dict(self._peft, tensors)
         except RuntimeError as error:
             raise WeightsError(
                 f"The adapter in {folder} does not fit its config: {error}"
             ) from error
-        if unknown:
+        if unknown := result.unexpected_keys:
             raise WeightsError(
                 f"The adapter in {folder} has weights for layers that are frozen here, for example "
                 f"{unknown[0]!r}. Was it made with another policy.upper_layers?"
@@ -341,7 +341,7 @@ class Label:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             try:
-                made = get_peft_model(tower, config)  # type: ignore[arg-type]
+                made = get_peft_model(tower, config)
             except ValueError as error:
                 raise WeightsError(f"targets do not fit base={self.base!r}: {error}") from error
         made.to(self.device)
@@ -380,9 +380,9 @@ class _Tower(nn.Module):
 
 def _load(base: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()
+    cast(Any, transformers_logging).disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
@@ -428,9 +428,10 @@ def _lora_config(tower: nn.Module, rank: int, alpha: float, dora: bool, targets:
 
     linear = [name for name, m in tower.named_modules() if isinstance(m, nn.Linear)]
     names = [name.strip() for name in targets.split(",")]
+    scale: Any = int(alpha) if float(alpha).is_integer() else alpha
     return LoraConfig(
         r=rank,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=scale,
         use_dora=dora,
         target_modules=[n for n in linear if n != "head"] if targets == "all-linear" else names,
         modules_to_save=["head"],
