@@ -98,7 +98,8 @@ def _faults(texts: Sequence[str], folder: str | None) -> Iterator[str]:
                 if not override.is_sweep_override():
                     chosen.append(str(override.input_line))
     try:
-        known = set(_keys(compose("config", overrides=chosen)))
+        whole = compose("config", overrides=chosen)
+        known = set(_keys(OmegaConf.to_container(whole, resolve=False)))
     except (HydraException, OmegaConfBaseException) as error:
         yield _first_line(error)
         return
@@ -112,6 +113,9 @@ def _faults(texts: Sequence[str], folder: str | None) -> Iterator[str]:
         ):
             continue
         if name not in known:
+            if _is_open(whole, name):
+                yield f"{name} is not there yet. To add it: '+{override.input_line}'"
+                continue
             yield f"There is no key {name!r}.{nearest(name, known | groups.keys())} {HELP}"
             continue
         if override.is_sweep_override():
@@ -137,17 +141,26 @@ def _options_of(override: Override) -> list[str | None]:
     return [None if value is None else str(value)]
 
 
-def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in map(str, node):
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """The names of all values; what they refer to is not looked up."""
+    for key, value in values.items():
         if key == "_target_":
             continue
         name = f"{prefix}{key}"
         yield name
-        if OmegaConf.is_missing(node, key):
-            continue
-        child = node[key]
-        if isinstance(child, DictConfig):
-            yield from _keys(child, f"{name}.")
+        if isinstance(value, dict):
+            yield from _keys(value, f"{name}.")
+
+
+def _is_open(whole: DictConfig, name: str) -> bool:
+    """Whether a name is missing below a mapping that takes any name."""
+    above, _, _ = name.rpartition(".")
+    while above:
+        node = OmegaConf.select(whole, above, throw_on_missing=False)
+        if isinstance(node, DictConfig):
+            return OmegaConf.get_type(node) is dict
+        above, _, _ = above.rpartition(".")
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import atexit
 import math
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from sia import loop
 from sia.config import Config, ProviderConfig, ServeConfig
-from sia.errors import ConfigError, MetaBackendError, SiaError
+from sia.errors import ConfigError, MetaBackendError, SiaError, WeightsError
 from sia.gateway.protocol import Gateway, Role
 from sia.meta import MetaBackend
 from sia.meta.agents import Agent
@@ -31,6 +31,10 @@ from sia.tasks import Task
 from sia.tasks.task import ENTRY_POINT
 from sia.tracking import Tracker
 from sia.verify import TaskVerifier
+from sia.weights.lever import TRAIN, NoWeights, Updates
+from sia.weights.protocol import WeightUpdate
+from sia.weights.recipes import RECIPES, Auto, NoUpdate, Recipe
+from sia.weights.recipes import recipe as find_recipe
 from sia.workspace import Workspaces
 
 if TYPE_CHECKING:
@@ -54,6 +58,7 @@ class Checked:
     search: Any
     feedback: Any
     weights: Any
+    policy: dict[str, Any] | None  # what updates of the weights train
 
     def check_machine(self) -> None:
         """Whether targets, and the agent where there is one, can be started on this machine.
@@ -98,6 +103,7 @@ def check(cfg: Config) -> Checked:
             f"{cfg.provider.name!r} only {', '.join(cfg.provider.formats)}. Choose another "
             "provider=..., or another meta=..."
         )
+    weights = part(cfg.weights, cfg.trusted_packages)
     return Checked(
         task=task,
         first_harness=_with_settings(_harness(cfg, task), cfg.target.settings),
@@ -107,7 +113,8 @@ def check(cfg: Config) -> Checked:
         meta=meta,
         search=part(cfg.search, cfg.trusted_packages),
         feedback=part(cfg.feedback, cfg.trusted_packages),
-        weights=part(cfg.weights, cfg.trusted_packages),
+        weights=weights,
+        policy=None if isinstance(weights, NoUpdate) else _policy(cfg, task),
     )
 
 
@@ -187,6 +194,7 @@ def gateway(
         budget=Budget(usd=cfg.budget.usd, tokens=cfg.budget.tokens, requests=cfg.budget.requests),
         call_s=settings.call_s,
         concurrency=settings.concurrency,
+        trained=_trained(cfg, run) if Role.TARGET in local else None,
     )
     return (
         gateway
@@ -202,6 +210,21 @@ def _behind(gateway: "ModelGateway", local: "Sequence[LocalModel]") -> Iterator[
         for model in local:
             stack.enter_context(model)
         yield stack.enter_context(gateway)
+
+
+def _trained(cfg: Config, run: Path) -> "Callable[[Path], AbstractContextManager[Route]]":
+    """The way to the target's own model with an adapter: served for as long as it is asked."""
+    provider, model = _asked(cfg)[Role.TARGET]
+    settings = provider.serve
+    assert settings is not None  # else it is not served here
+
+    @contextmanager
+    def serve(adapter: Path) -> "Iterator[Route]":
+        served = _local_model(settings, model, run, adapter=adapter)
+        with nullcontext() if cfg.gateway.mode == "replay" else served:
+            yield _route(provider, model, served)
+
+    return serve
 
 
 def routes(cfg: Config, local: "Mapping[Role, LocalModel] | None" = None) -> "dict[Role, Route]":
@@ -266,18 +289,24 @@ def _route(provider: ProviderConfig, model: str, served: "LocalModel | None" = N
     )
 
 
-def _local_model(serve: ServeConfig, model: str, run: Path) -> "LocalModel":
+def _local_model(
+    serve: ServeConfig, model: str, run: Path, *, adapter: Path | None = None
+) -> "LocalModel":
     from sia.weights.local import LocalModel
 
     return LocalModel(
         model=model,
         log=run / LOCAL_LOG,
-        adapter=Path(serve.adapter).expanduser().resolve() if serve.adapter else None,
+        adapter=adapter or _adapter(serve),
         slots=serve.slots,
         threads=serve.threads,
         context=serve.context,
         start_s=serve.start_s,
     )
+
+
+def _adapter(serve: ServeConfig) -> Path | None:
+    return Path(serve.adapter).expanduser().resolve() if serve.adapter else None
 
 
 def _meta(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None) -> MetaBackend:
@@ -305,8 +334,65 @@ def _meta(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None) -
     )
 
 
+def _weights(cfg: Config, checked: Checked) -> WeightUpdate:
+    if checked.policy is None:
+        return NoWeights()
+    from sia.weights.models import training_base
+
+    serve = cfg.target.provider.serve if cfg.target.provider else None
+    return Updates(
+        recipes=_recipes(checked),
+        task=checked.task,
+        policy={**checked.policy, "base": training_base(str(checked.policy["base"]))},
+        first=_adapter(serve) if serve else None,
+        sandbox=checked.sandbox,
+        threads=cfg.target.threads,
+    )
+
+
+def _recipes(checked: Checked) -> dict[str, Recipe]:
+    """The menu of the weights lever.
+
+    Raises:
+        WeightsError: A recipe is unknown, or a setting of one is.
+    """
+    chosen = checked.weights
+    if not isinstance(chosen, Auto):
+        return {chosen.name: chosen}
+    settings: dict[str, dict[str, Any]] = {name: {} for name in RECIPES}
+    for source in (checked.task.facts.recipes, chosen.recipes):
+        for name, given in source.items():
+            settings[name] = {**settings.get(name, {}), **given}
+    return {name: find_recipe({"name": name, **given}) for name, given in settings.items()}
+
+
+def _policy(cfg: Config, task: Task) -> dict[str, Any]:
+    """What is trained: the target's own model where the run serves it, else what the task names.
+
+    Raises:
+        WeightsError: There is nothing to train, or nothing to train it on.
+        ProviderError: The base is not on this machine.
+    """
+    policy: dict[str, Any] = dict(task.facts.policy)
+    provider, model = _asked(cfg).get(Role.TARGET, (None, None))
+    if provider is not None and provider.serve is not None:
+        policy = {"kind": "causal_lm", "base": model}
+    if not policy or not (task.root / TRAIN).is_file():
+        raise WeightsError(
+            f"weights={cfg.weights.name} has nothing to train in task {task.name!r}: that needs a "
+            f"{TRAIN} in its folder, and a `policy` in its task.yaml or a target whose model "
+            "runs here (target=smollm2). Without the lever: weights=none"
+        )
+    from sia.weights.models import check_training_base
+
+    policy |= cfg.target.policy
+    check_training_base(str(policy["base"]))
+    return policy
+
+
 def parts(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None = None) -> loop.Parts:
     """Everything the loop needs, bound to a run directory. Starts the verifier's process."""
+    weights = _weights(cfg, checked)
     return loop.Parts(
         metric=checked.task.metric,
         meta=_meta(cfg, checked, run, gateway),
@@ -316,7 +402,11 @@ def parts(cfg: Config, checked: Checked, run: RunDir, gateway: Gateway | None = 
         feedback=checked.feedback,
         journal=run.journal,
         workspaces=Workspaces(run=run.path, first=checked.first_harness),
-        levers=(Lever.HARNESS, Lever.STOP),
+        weights=weights,
+        levers=tuple(
+            lever for lever in map(Lever, cfg.levers) if lever is not Lever.WEIGHTS or weights.menu
+        ),
+        references=(checked.task.root / TRAIN).is_file(),
         state=run.path / "meta",
         seed=cfg.seed,
     )
@@ -328,6 +418,7 @@ def limits(cfg: Config, task: Task) -> loop.Limits:
         generations=cfg.generations,
         workers=cfg.workers,
         attempt_s=cfg.target.attempt_s or task.facts.limits.attempt_s,
+        update_s=cfg.target.update_s,
         wall_s=cfg.budget.wall_s,
     )
 
@@ -378,6 +469,7 @@ def _faults(cfg: Config) -> list[str]:
     for name, seconds in (
         ("budget.wall_s", cfg.budget.wall_s),
         ("target.attempt_s", cfg.target.attempt_s),
+        ("target.update_s", cfg.target.update_s),
         ("task.verify_s", cfg.task.verify_s),
     ):
         if seconds is not None and seconds <= 0:

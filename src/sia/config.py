@@ -63,6 +63,8 @@ class OptunaConfig(MetaConfig):
     knobs_per_trial: int = 3
     startup_trials: int = 4
     use_moves: bool = True
+    weights_after: int = 3
+    max_updates: int = 1
 
 
 @dataclass
@@ -159,7 +161,9 @@ class TargetConfig:
     settings: dict[str, Any] = field(default_factory=dict)  # put into the first harness.yaml
     model: str | None = None  # what SIA_MODEL tells the target; null: it has none
     provider: ProviderConfig | None = None  # null: the run's
+    policy: dict[str, Any] = field(default_factory=dict)  # of updates of the weights; see docs
     attempt_s: float | None = None  # deadline of one attempt; null: the task's own
+    update_s: float = 3600  # deadline of one update of its weights
     threads: int = 2  # of numerical libraries; part of the result's definition, not of the machine
     environments: str | None = None  # where environments are kept; null: ~/.cache/sia/environments
 
@@ -181,12 +185,22 @@ class NoUpdateConfig(WeightsConfig):
 
 
 @dataclass
+class AutoConfig(WeightsConfig):
+    """weights=auto."""
+
+    _target_: str = "sia.weights.recipes.Auto"
+    name: str = "auto"
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass
 class RecipeConfig(WeightsConfig):
     """What all recipes share; the fields are explained in `sia.weights.recipes`."""
 
     steps: int = 50
     lr: float = 1e-4
     warmup: int = 5
+    decay: str = "none"
     weight_decay: float = 0.0
     batch: int | None = None
     micro_batch: int | None = None
@@ -461,6 +475,7 @@ class Config:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     exam: ExamConfig = field(default_factory=ExamConfig)
+    levers: list[str] = MISSING
     generations: int = MISSING
     seed: int = MISSING
     workers: int = MISSING
@@ -480,6 +495,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     },
     "weights": {
         "none": NoUpdateConfig,
+        "auto": AutoConfig,
         "sft": SftConfig,
         "best_of_n": BestOfNConfig,
         "reinforce": ReinforceConfig,

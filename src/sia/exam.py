@@ -110,12 +110,21 @@ def examine(
                 seconds=seconds[f"{key}/attempt"],
             )
 
-        def fresh(name: str, harness: Path, *, public: Path | None, **fixed: Any) -> ExamRow:
+        def fresh(
+            name: str,
+            harness: Path,
+            *,
+            public: Path | None,
+            policy: Path | None = None,
+            **fixed: Any,
+        ) -> ExamRow:
             """A row from a new attempt, in the same sandbox and with the same limits."""
             out = workshop / name.replace(" ", "_")
             target = build.target(cfg, checked.task, checked.sandbox, data=public, gateway=gateway)
             deadline_s = build.limits(cfg, checked.task).attempt_s
-            attempt = target.run(name, harness=harness, out=out, deadline_s=deadline_s)
+            attempt = target.run(
+                name, harness=harness, out=out, deadline_s=deadline_s, policy=policy
+            )
             if attempt.outcome is not Outcome.OK:
                 failure = f"{attempt.outcome}: {attempt.reason}"
                 return ExamRow(name=name, **{**fixed, "note": failure})
@@ -151,7 +160,12 @@ def examine(
                 checked.task.public_dir, checked.task.labels_dir("dev"), public
             )
             note = "dev labels added to train"
-            rows.append(fresh("final refit", harness, public=public, candidate=best, note=note))
+            policy = rundir.policy_dir(run, chosen.policy) if chosen.policy else None
+            rows.append(
+                fresh(
+                    "final refit", harness, public=public, policy=policy, candidate=best, note=note
+                )
+            )
             rundir.remove_tree(public)
 
     exam = Exam(

@@ -3,6 +3,7 @@
     for each generation:
         parent     = search.parent(results)
         candidates = meta.propose(a copy of the parent's harness), one or several
+                     or, if that was decided, weights.update(the parent's policy), its harness as is
         attempts   = target.run(candidate)        side by side
         evaluation = verifier.verify(submission)  on the dev labels
         incumbent  = best by dev score; a tie or a loss keeps it
@@ -32,12 +33,14 @@ from sia.records import (
     Outcome,
     Proposal,
     Result,
+    Update,
 )
 from sia.rundir import Journal
 from sia.search import Search, best
 from sia.target import Target
 from sia.tasks.task import Metric
 from sia.verify import Verifier
+from sia.weights.protocol import WeightUpdate
 from sia.workspace import Workspaces
 
 PROTOCOL = 1  # raise it when the meaning of the loop changes: records are compared within one only
@@ -45,7 +48,13 @@ PROTOCOL = 1  # raise it when the meaning of the loop changes: records are compa
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the loop is made of. `state` is the meta backend's own folder."""
+    """What the loop is made of.
+
+    Attributes:
+        levers: What the Feedback-Agent may choose.
+        references: Whether train items come with their answers.
+        state: The meta backend's own folder.
+    """
 
     metric: Metric
     meta: MetaBackend
@@ -55,7 +64,9 @@ class Parts:
     feedback: Feedback
     journal: Journal
     workspaces: Workspaces
+    weights: WeightUpdate
     levers: tuple[Lever, ...]
+    references: bool
     state: Path
     seed: int
 
@@ -68,12 +79,14 @@ class Limits:
         generations: At most so many, the first harness included.
         workers: Attempts that run side by side.
         attempt_s: Deadline of one attempt.
+        update_s: Deadline of one update of the weights.
         wall_s: Budget of the whole run, earlier sessions included; None for no limit.
     """
 
     generations: int
     workers: int
     attempt_s: float
+    update_s: float
     wall_s: float | None
 
 
@@ -121,7 +134,8 @@ class _Memory:
 
     results: list[Result] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
-    by_digest: dict[str, Result] = field(default_factory=dict)
+    by_digest: dict[tuple[str, str], Result] = field(default_factory=dict)
+    updates: list[Update] = field(default_factory=list)
     incumbent: Result | None = None
 
 
@@ -157,12 +171,14 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
         except BudgetExceeded as spent:
             pool.shutdown(wait=False, cancel_futures=True)
             parts.target.cancel()
+            parts.weights.cancel()
             yield Ending(reason="budget", detail=str(spent))
             return
         except BaseException:
             # Attempts in progress must not outlive the loop, whatever ended it.
             pool.shutdown(wait=False, cancel_futures=True)
             parts.target.cancel()
+            parts.weights.cancel()
             raise
     yield Ending(reason="generations", detail=f"all {limits.generations} generations are done")
 
@@ -180,17 +196,22 @@ def _generation(
     yield Started(generation=index, decision=decision, parent=parent_candidate)
 
     candidates: list[Candidate] = []
-    for k in range(parts.search.candidates if index > 0 else 1):
+    retrains = decision.lever is Lever.WEIGHTS
+    for k in range(1 if retrains or index == 0 else parts.search.candidates):
         candidate = parts.journal.step(
             f"{index:04}/{k}/candidate",
             Candidate,
-            lambda k=k: _propose(parts, memory, index, k, decision, parent_candidate, candidates),  # type: ignore[misc]
+            lambda k=k: (  # type: ignore[misc]
+                _retrain(parts, index, decision, parent_candidate)
+                if retrains
+                else _propose(parts, memory, index, k, decision, parent_candidate, candidates)
+            ),
         )
         candidates.append(candidate)
         yield Proposed(candidate=candidate)
 
     waiting: set[Future[Result]] = {
-        pool.submit(_try, parts, limits, candidate)
+        pool.submit(_try, parts, limits, candidate, parent_candidate)
         for candidate in candidates
         if candidate.duplicate_of is None
     }
@@ -226,6 +247,9 @@ def _decide(parts: Parts, memory: _Memory, index: int) -> Decision:
         folder=parts.workspaces.decision(index),
         history=tuple(memory.shown),
         levers=parts.levers,
+        recipes=parts.weights.menu,
+        updates=tuple(memory.updates),
+        references=parts.references,
         state=parts.state,
         metric=parts.metric,
         seed=seeds.stream_seed(parts.seed, f"decision/{index}"),
@@ -270,7 +294,8 @@ def _propose(
             proposal=Proposal(hypothesis=""),
             problem=str(problem),
         )
-    earlier = memory.by_digest.get(digest)
+    policy = parent.policy if parent else ""
+    earlier = memory.by_digest.get((digest, policy))
     same = next((sibling for sibling in siblings if sibling.harness_sha256 == digest), None)
     twin = earlier.candidate.id if earlier else same.id if same else None
     return Candidate(
@@ -280,11 +305,35 @@ def _propose(
         parent=parent_id,
         proposal=proposal,
         harness_sha256=digest,
+        policy=policy,
         duplicate_of=twin,
     )
 
 
-def _try(parts: Parts, limits: Limits, candidate: Candidate) -> Result:
+def _retrain(parts: Parts, index: int, decision: Decision, parent: Candidate | None) -> Candidate:
+    """The parent's harness as it is, to be run with a policy that is updated first."""
+    identity = f"g{index:03}-c0"
+    proposal = Proposal(
+        hypothesis=decision.hypothesis,
+        evidence=decision.evidence,
+        expected_effect=decision.expected_effect,
+        source=f"weights:{decision.recipe}",
+        changes={"recipe": decision.recipe, **decision.settings},
+    )
+    workspace = parts.workspaces.open(index, 0, parent)
+    return Candidate(
+        id=identity,
+        generation=index,
+        index=0,
+        parent=parent.id if parent else None,
+        proposal=proposal,
+        harness_sha256=parts.workspaces.seal(workspace, parent, proposal),
+        lever=Lever.WEIGHTS,
+        policy=identity,
+    )
+
+
+def _try(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None) -> Result:
     """Runs and scores one candidate; called in a worker thread."""
     if candidate.problem:
         attempt = Attempt(
@@ -293,17 +342,47 @@ def _try(parts: Parts, limits: Limits, candidate: Candidate) -> Result:
         return Result(candidate=candidate, attempt=attempt, evaluation=None)
     key = f"{candidate.generation:04}/{candidate.index}"
     folder = parts.workspaces.folder(candidate)
+    update = None
+    if candidate.lever is Lever.WEIGHTS:
+        update = parts.journal.step(
+            f"{key}/update", Update, lambda: _update(parts, limits, candidate, parent)
+        )
+        if update.problem:
+            attempt = Attempt(
+                candidate=candidate.id, outcome=Outcome.UPDATE_FAILED, reason=update.problem
+            )
+            return Result(candidate=candidate, attempt=attempt, evaluation=None, update=update)
     attempt = parts.journal.step(
         f"{key}/attempt", Attempt, lambda: _attempt(parts, limits, candidate)
     )
     if attempt.outcome is not Outcome.OK:
-        return Result(candidate=candidate, attempt=attempt, evaluation=None)
+        return Result(candidate=candidate, attempt=attempt, evaluation=None, update=update)
     evaluation = parts.journal.step(
         f"{key}/evaluation",
         Evaluation,
         lambda: parts.verifier.verify(candidate.id, folder / "submission"),
     )
-    return Result(candidate=candidate, attempt=attempt, evaluation=evaluation)
+    return Result(candidate=candidate, attempt=attempt, evaluation=evaluation, update=update)
+
+
+def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None) -> Update:
+    proposal = candidate.proposal
+    settings = {name: value for name, value in proposal.changes.items() if name != "recipe"}
+    out = parts.workspaces.policy(candidate)
+    assert out is not None  # it names its own
+    left = None if limits.wall_s is None else limits.wall_s - parts.journal.elapsed_s
+    update = parts.weights.update(
+        candidate.id,
+        recipe=proposal.changes["recipe"],
+        settings=settings,
+        parent=parts.workspaces.policy(parent) if parent else None,
+        out=out,
+        seed=seeds.stream_seed(parts.seed, f"weights/{candidate.generation}"),
+        deadline_s=limits.update_s if left is None else max(0.1, min(limits.update_s, left)),
+    )
+    if left is not None and parts.journal.elapsed_s >= (limits.wall_s or 0.0):
+        raise _BudgetSpent
+    return update
 
 
 def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
@@ -314,6 +393,7 @@ def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
         harness=parts.workspaces.harness(candidate),
         out=parts.workspaces.folder(candidate),
         deadline_s=deadline_s,
+        policy=parts.workspaces.policy(candidate),
     )
     if attempt.outcome is Outcome.TIMEOUT and deadline_s < limits.attempt_s:
         raise _BudgetSpent
@@ -367,7 +447,10 @@ def _remember(
         memory.results.append(result)
         memory.shown.append(parts.feedback.show(result))
         if result.candidate.harness_sha256 and result.candidate.duplicate_of is None:
-            memory.by_digest.setdefault(result.candidate.harness_sha256, result)
+            made_of = (result.candidate.harness_sha256, result.candidate.policy)
+            memory.by_digest.setdefault(made_of, result)
+        if result.update is not None:
+            memory.updates.append(result.update)
     memory.incumbent = winner
 
 

@@ -26,6 +26,7 @@ class Outcome(enum.StrEnum):
 
     OK = "ok"
     DUPLICATE = "duplicate"  # the same harness was scored before; its evaluation is reused
+    UPDATE_FAILED = "update_failed"  # the weights could not be updated; the policy is the parent's
     BAD_PROPOSAL = "bad_proposal"  # the meta backend delivered nothing usable
     CRASHED = "crashed"  # non-zero exit or killed by a signal
     TIMEOUT = "timeout"
@@ -37,12 +38,19 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Which lever comes next, and why."""
+    """Which lever comes next, and why.
+
+    Attributes:
+        recipe: For the lever `weights`: how they are updated.
+        settings: What differs from the recipe's own.
+    """
 
     lever: Lever
     hypothesis: str
     evidence: str = ""
     expected_effect: str = ""
+    recipe: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +73,16 @@ class Proposal:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One harness that is being tried.
+    """One harness with one policy that is being tried.
 
     Attributes:
         id: `g003-c0`: generation 3, first candidate of that generation.
         parent: The candidate whose harness was edited; None for the first harness.
         harness_sha256: Digest of the harness folder; empty when there is none.
-        duplicate_of: An earlier candidate with the same digest, whose evaluation is reused.
+        lever: What made it: an edit of the harness, or an update of the weights.
+        policy: The candidate whose update made the policy in use; empty while there was none.
+        duplicate_of: An earlier candidate with the same digest and policy, whose evaluation is
+            reused.
         problem: Why the proposal is unusable; empty when it is usable.
     """
 
@@ -81,6 +92,8 @@ class Candidate:
     parent: str | None
     proposal: Proposal
     harness_sha256: str = ""
+    lever: Lever = Lever.HARNESS
+    policy: str = ""
     duplicate_of: str | None = None
     problem: str = ""
 
@@ -116,6 +129,30 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One recipe of the menu, for whoever decides."""
+
+    name: str
+    needs: str
+    when: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One update of the weights.
+
+    Attributes:
+        problem: Why there is no new policy; empty when there is one.
+        report: What it did, in numbers that do not depend on the machine's speed.
+    """
+
+    candidate: str
+    recipe: str
+    problem: str = ""
+    report: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the verifier says about one submission on one split.
 
@@ -145,11 +182,17 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A candidate with what became of it. `evaluation` is None where nothing could be scored."""
+    """A candidate with what became of it.
+
+    Attributes:
+        evaluation: None where nothing could be scored.
+        update: Of its weights; None where it needed none.
+    """
 
     candidate: Candidate
     attempt: Attempt
     evaluation: Evaluation | None
+    update: Update | None = None
 
     @property
     def score(self) -> float | None:

@@ -211,6 +211,12 @@ def candidate_dir(run: Path, generation: int, index: int) -> Path:
     return run / f"gen-{generation:03}" / f"cand-{index}"
 
 
+def policy_dir(run: Path, candidate: str) -> Path:
+    """Where the policy lies that the candidate's update made: `run/gen-003/cand-0/policy`."""
+    generation, _, index = candidate.removeprefix("g").partition("-c")
+    return candidate_dir(run, int(generation), int(index)) / "policy"
+
+
 def find_runs(folder: Path) -> list[Path]:
     """`folder` itself if it is a run, else all runs below it, in the order of their names.
 

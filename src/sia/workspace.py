@@ -7,7 +7,7 @@ from pathlib import Path
 from sia.errors import RunDirectoryError
 from sia.provenance import tree_sha256
 from sia.records import Candidate, Proposal
-from sia.rundir import candidate_dir, write_atomic, write_error
+from sia.rundir import candidate_dir, policy_dir, write_atomic, write_error
 from sia.sandbox.staging import remove
 from sia.tasks.harness import check_harness
 from sia.tasks.task import ENTRY_POINT
@@ -33,6 +33,10 @@ class Workspaces:
     def harness(self, candidate: Candidate) -> Path:
         """The sealed harness of a candidate."""
         return self.folder(candidate) / "harness"
+
+    def policy(self, candidate: Candidate) -> Path | None:
+        """The policy that a candidate uses; None where no update has made one."""
+        return policy_dir(self._run, candidate.policy) if candidate.policy else None
 
     def decision(self, generation: int) -> Path:
         """Where what led to the decision after a generation lies; made by whoever writes there."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
 
 from sia.errors import WeightsError
 from sia.weights.rollout import fold_of
@@ -39,31 +40,8 @@ def text(rng: random.Random, k: int) -> str:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a task with 60 train items and 12 items without a label."""
-    import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("label")
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    pieces = [*special, *"abcdefghijklmnopqrstuvwxyz "]
-    characters = Tokenizer(
-        models.WordLevel({p: k for k, p in enumerate(pieces)}, unk_token="<unk>")
-    )
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    characters.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=characters, pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder / "base")
-    config = BertConfig(
-        vocab_size=len(pieces), hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=0,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config, add_pooling_layer=False).save_pretrained(folder / "base")
+    tiny_encoder.make(folder / "base")
     rng = random.Random(0)
     public = folder / "public"
     public.mkdir()
@@ -122,7 +100,7 @@ def test_supervised_steps_teach_labels_that_a_fresh_policy_does_not_know(
 def test_rewards_alone_teach_labels_too(place: Path, tmp_path: Path) -> None:
     from sia.weights.update import update
 
-    recipe = {"name": "grpo", "steps": 60, "lr": 1e-2, "items": 16, "group": 8, "rank": 4}
+    recipe = {"name": "grpo", "steps": 60, "lr": 3e-3, "items": 16, "group": 8, "rank": 4}
     report = update(job(place, tmp_path / "child", recipe=recipe)).report
     assert report.reward_before is not None
     assert report.reward_after is not None

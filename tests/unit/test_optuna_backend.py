@@ -13,8 +13,8 @@ from optuna.storages.journal import JournalFileBackend
 from sia.errors import BadProposal
 from sia.feedback import Shown
 from sia.meta import Question, Request
-from sia.meta.optuna import EXHAUSTED, OptunaBackend
-from sia.records import Candidate, Decision, Lever, Outcome, Proposal
+from sia.meta.optuna import EXHAUSTED, OptunaBackend, choose_recipe
+from sia.records import Candidate, Choice, Decision, Lever, Outcome, Proposal, Update
 from sia.tasks.task import Metric
 
 UP = Metric(name="accuracy")
@@ -42,13 +42,23 @@ def landscape(knobs: dict[str, object]) -> float:
 GO_ON = Decision(lever=Lever.HARNESS, hypothesis="")
 
 
-def question(history: Sequence[Shown]) -> Question:
+def question(
+    history: Sequence[Shown],
+    *,
+    levers: Sequence[Lever] = (Lever.HARNESS, Lever.STOP),
+    recipes: Sequence[str] = (),
+    updates: Sequence[Update] = (),
+    references: bool = False,
+) -> Question:
     return Question(
         generation=history[-1].candidate.generation,
         parent=None,
         folder=Path(),
         history=history,
-        levers=(Lever.HARNESS, Lever.STOP),
+        levers=levers,
+        recipes=[Choice(name=name, needs="", when="") for name in recipes],
+        updates=updates,
+        references=references,
         state=Path(),
         metric=UP,
         seed=0,
@@ -214,25 +224,82 @@ def test_an_exhausted_space_is_a_bad_proposal_and_then_a_stop(tmp_path: Path) ->
     assert backend.decide(question([*search.history, failed])).lever is Lever.STOP
 
 
-def test_the_plateau_rule_counts_generations_without_a_gain(tmp_path: Path) -> None:
-    search = Search(tmp_path, OptunaBackend(patience=3))
-    search.turn()
-    scores = [0.5, 0.6, 0.6, 0.55, 0.6]
-    history = []
-    for generation, score in enumerate(scores):
-        past = search.history[0]
-        candidate = Candidate(
-            id=f"g{generation:03}-c0",
-            generation=generation,
-            index=0,
-            parent=None,
-            proposal=past.candidate.proposal,
+def scored(scores: Sequence[float]) -> list[Shown]:
+    return [
+        Shown(
+            candidate=Candidate(
+                id=f"g{generation:03}-c0",
+                generation=generation,
+                index=0,
+                parent=None,
+                proposal=Proposal(hypothesis=""),
+            ),
+            outcome=Outcome.OK,
+            reason="",
+            score=score,
         )
-        history.append(Shown(candidate=candidate, outcome=Outcome.OK, reason="", score=score))
-    backend = search.backend
+        for generation, score in enumerate(scores)
+    ]
+
+
+def test_the_plateau_rule_counts_generations_without_a_gain() -> None:
+    history = scored([0.5, 0.6, 0.6, 0.55, 0.6])
+    backend = OptunaBackend(patience=3)
     assert backend.decide(question(history[:4])).lever is Lever.HARNESS
     stop = backend.decide(question(history))
     assert stop.lever is Lever.STOP
     assert stop.evidence == "3 generations without a gain of 0 over g001-c0."
     picky = OptunaBackend(patience=4, min_gain=0.2)
     assert picky.decide(question(history)).lever is Lever.STOP
+
+
+ALL = (Lever.HARNESS, Lever.WEIGHTS, Lever.STOP)
+MENU = ("sft", "best_of_n", "grpo")
+
+
+def test_the_weights_are_updated_when_the_harness_has_stopped_to_pay() -> None:
+    history = scored([0.5, 0.6, 0.6, 0.55])
+    backend = OptunaBackend(patience=5, weights_after=2)
+    asked = dict(levers=ALL, recipes=MENU, references=True)
+    assert backend.decide(question(history[:3], **asked)).lever is Lever.HARNESS
+    update = backend.decide(question(history, **asked))
+    assert (update.lever, update.recipe) == (Lever.WEIGHTS, "sft")
+    assert "2 generations without a gain over g001-c0" in update.evidence
+    made = [Update(candidate="g004-c0", recipe="sft")]
+    assert backend.decide(question(history, **asked, updates=made)).lever is Lever.HARNESS
+
+
+def test_without_the_harness_lever_the_weights_are_updated_at_once() -> None:
+    backend = OptunaBackend(max_updates=2)
+    asked = dict(levers=(Lever.WEIGHTS, Lever.STOP), recipes=MENU)
+    assert backend.decide(question(scored([0.5]), **asked)).lever is Lever.WEIGHTS
+    made = [Update(candidate=f"g00{k}-c0", recipe="grpo") for k in (1, 2)]
+    stop = backend.decide(question(scored([0.5, 0.6, 0.6]), **asked, updates=made))
+    assert stop.lever is Lever.STOP
+    assert stop.hypothesis == "The updates that were allowed are made."
+
+
+@pytest.mark.parametrize(
+    ("references", "updates", "recipe"),
+    [
+        (True, [], "sft"),
+        (True, [Update(candidate="c", recipe="sft", problem="disk")], "sft"),
+        (True, [Update(candidate="c", recipe="sft")], "grpo"),
+        (False, [], "grpo"),
+        (False, [Update(candidate="c", recipe="grpo", report={"reward_after": 0.0})], "best_of_n"),
+        (False, [Update(candidate="c", recipe="grpo", report={"silent_share": 0.95})], "best_of_n"),
+        (False, [Update(candidate="c", recipe="grpo", report={"silent_share": 0.5})], "grpo"),
+    ],
+)
+def test_the_recipe_follows_from_what_was_observed(
+    references: bool, updates: Sequence[Update], recipe: str
+) -> None:
+    asked = question(
+        scored([0.5]), levers=ALL, recipes=MENU, updates=updates, references=references
+    )
+    assert choose_recipe(asked)[0] == recipe
+
+
+def test_a_menu_of_one_recipe_leaves_no_choice() -> None:
+    asked = question(scored([0.5]), levers=ALL, recipes=["dpo"], references=True)
+    assert choose_recipe(asked) == ("dpo", "of dpo it is the first on the menu")

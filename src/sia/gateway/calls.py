@@ -389,12 +389,12 @@ class Caller:
 
     def _place(self, provider: Provider, call: Call) -> tuple[httpx2.AsyncClient, httpx2.URL]:
         """The connections to a provider, and the address for a call there."""
-        place = provider.name, call.wire.name, call.query
+        url = provider.url_of(call.wire.spoken)
+        place = url, call.wire.name, call.query
         if place in self._places:
             return self._places[place]
         anthropic = call.wire.anthropic
-        base = provider.url_of(call.wire.spoken).rstrip("/")
-        socket, base = split_socket(base, "" if anthropic else "/v1")
+        socket, base = split_socket(url.rstrip("/"), "" if anthropic else "/v1")
         path = ("/v1" if anthropic else "") + call.wire.path + call.query
         name = socket or base
         if name not in self._clients:

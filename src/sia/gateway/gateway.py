@@ -6,7 +6,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +97,7 @@ class ModelGateway:
         call_s: float = 600.0,
         concurrency: int = 64,
         backoff_s: float = 0.5,
+        trained: Callable[[Path], contextlib.AbstractContextManager[Route]] | None = None,
     ) -> None:
         """Checks that the routes can be used; opens nothing yet.
 
@@ -112,6 +113,8 @@ class ModelGateway:
             call_s: Deadline of a call from its sending on, all retries included.
             concurrency: Calls that are under way at once; further ones wait.
             backoff_s: Pause before the first retry; doubles with each one, up to 60 times this.
+            trained: The route to the target's model with what an update of its weights has left;
+                None where the target's model cannot be trained.
 
         Raises:
             ProviderError: A key or a price is missing, or there is no recording to replay.
@@ -132,6 +135,7 @@ class ModelGateway:
         if mode != "replay" and self.budget.usd is not None:
             _check_prices(self.routes)
         self.recording = open_recording(recording) if mode == "replay" and recording else None
+        self._trained = trained
         self._store_path = store
         self._cache_path = cache or Path(SHARED).expanduser()
         self._stack = contextlib.ExitStack()
@@ -190,11 +194,11 @@ class ModelGateway:
         self._stack.close()
 
     @contextlib.contextmanager
-    def lease(self, role: Role, scope: str) -> Iterator[OpenLease]:
+    def lease(self, role: Role, scope: str, *, policy: Path | None = None) -> Iterator[OpenLease]:
         """Opens the way for one step; see `protocol.Gateway`.
 
         Raises:
-            ProviderError: The role has no provider.
+            ProviderError: The role has no provider, or its trained model cannot be served.
             RunDirectoryError: After the block, whatever ended it: an answer could not be recorded.
         """
         route = self.routes.get(role)
@@ -202,23 +206,26 @@ class ModelGateway:
             raise ProviderError(f"No provider answers the role {role.value!r}.")
         if self._server is None:
             raise RuntimeError("the gateway has not been started")
-        lease = OpenLease(
-            role=role,
-            scope=scope,
-            route=route,
-            endpoint=Endpoint(
-                socket=self._server.socket,
-                port=self._server.port,
-                key=KEY_PREFIX + secrets.token_hex(KEY_DIGITS // 2),
-                model=route.provider.resolve(route.model),
-            ),
-        )
-        self._server.admit(lease)
-        try:
-            yield lease
-        finally:
-            self._server.revoke(lease)
-            self._server.check()
+        with contextlib.ExitStack() as stack:
+            if policy is not None and self._trained is not None:
+                route = stack.enter_context(self._trained(policy))
+            lease = OpenLease(
+                role=role,
+                scope=scope,
+                route=route,
+                endpoint=Endpoint(
+                    socket=self._server.socket,
+                    port=self._server.port,
+                    key=KEY_PREFIX + secrets.token_hex(KEY_DIGITS // 2),
+                    model=route.provider.resolve(route.model),
+                ),
+            )
+            self._server.admit(lease)
+            try:
+                yield lease
+            finally:
+                self._server.revoke(lease)
+                self._server.check()
 
     def spend(self) -> dict[Role, Spend]:
         """What each role has spent so far, earlier sessions of the run included."""

@@ -3,6 +3,7 @@
 import enum
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sia.sandbox import Endpoint
@@ -66,13 +67,17 @@ class Lease(Protocol):
 class Gateway(Protocol):
     """The one way to a model. Safe to use from several threads."""
 
-    def lease(self, role: Role, scope: str) -> AbstractContextManager[Lease]:
+    def lease(
+        self, role: Role, scope: str, *, policy: Path | None = None
+    ) -> AbstractContextManager[Lease]:
         """Opens the way for one step; its key is worthless after the block.
 
         Args:
             role: Decides about provider and model.
             scope: Names the step, for example `g003-c0/target`. Calls are recorded under it; a
                 step that is done again is answered from what it recorded before.
+            policy: What an update of the weights has left. A model that the run serves itself
+                answers with it; others are asked as they are.
         """
         ...
 

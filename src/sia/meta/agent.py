@@ -153,12 +153,16 @@ class AgentBackend:
         given = self._given(question.history, parent, with_past=True)
         workspace = _Workspace(question.folder / "workspace", given, harness)
         levers = [lever.value for lever in question.levers]
+        recipes = [choice.name for choice in question.recipes]
         prompt = render(
             "decision",
             **self._facts(given),
             generation=question.generation,
             standing=standing(question.history, parent, question.metric, self._run),
             levers=levers,
+            recipes=question.recipes,
+            updates=question.updates,
+            references=question.references,
             harness_is=f"{_origin(parent)}, to be read",
         )
         agent = self._sessions.agent
@@ -167,7 +171,7 @@ class AgentBackend:
 
         def judge(end: SessionEnd) -> list[str]:
             try:
-                _read_decision(workspace.path / DECISION, levers)
+                _read_decision(workspace.path / DECISION, levers, recipes)
             except _Unreadable as problem:
                 return [str(problem)]
             return []
@@ -189,13 +193,15 @@ class AgentBackend:
                 hypothesis=f"(the agent gave no usable decision: {_listed(talk.problems)})",
                 evidence=talk.how,
             )
-        said = _read_decision(workspace.path / DECISION, levers)
+        said = _read_decision(workspace.path / DECISION, levers, recipes)
         evidence = [_text(said.evidence), talk.how if talk.noteworthy else ""]
         return Decision(
             lever=Lever(said.lever),
             hypothesis=_text(said.hypothesis),
             evidence="\n".join(filter(None, evidence)),
             expected_effect=_text(said.expected_effect),
+            recipe=said.recipe,
+            settings=said.settings,
         )
 
     def _converse(
@@ -448,6 +454,8 @@ class _Decided(msgspec.Struct):
     hypothesis: str
     evidence: str = ""
     expected_effect: str = ""
+    recipe: str = ""
+    settings: dict[str, str | float | bool | None] = msgspec.field(default_factory=dict)
 
 
 def copy_harness(source: Path, out: Path) -> dict[str, str]:
@@ -517,7 +525,7 @@ def _read_answer(path: Path, kind: type[Answer]) -> Answer:
         raise _Unreadable(f"{path.name} is not what was asked for: {error}") from None
 
 
-def _read_decision(path: Path, levers: Sequence[str]) -> _Decided:
+def _read_decision(path: Path, levers: Sequence[str], recipes: Sequence[str]) -> _Decided:
     """A usable `decision.json`.
 
     Raises:
@@ -526,6 +534,8 @@ def _read_decision(path: Path, levers: Sequence[str]) -> _Decided:
     said = _read_answer(path, _Decided)
     if said.lever not in levers:
         raise _Unreadable(f"{path.name} has the lever {said.lever!r}, not one of {list(levers)}")
+    if said.lever == Lever.WEIGHTS and said.recipe not in recipes:
+        raise _Unreadable(f"{path.name} has the recipe {said.recipe!r}, not one of {list(recipes)}")
     if not _text(said.hypothesis):
         raise _Unreadable(f"{path.name} states no hypothesis")
     return said

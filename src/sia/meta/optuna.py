@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import optuna
 
 MAX_ASKS = 200
+MOSTLY_SILENT = 0.9  # share of groups whose rewards are all equal
 TOGETHER = "moves:together"
 EXHAUSTED = "every configuration within reach has been tried"
 
@@ -50,6 +51,8 @@ class OptunaBackend:
         knobs_per_trial: int = 3,
         startup_trials: int = 4,
         use_moves: bool = True,
+        weights_after: int = 3,
+        max_updates: int = 1,
     ) -> None:
         """Sets the rules.
 
@@ -59,12 +62,16 @@ class OptunaBackend:
             knobs_per_trial: At most so many knobs are turned at once.
             startup_trials: Scored candidates below which values are drawn at random.
             use_moves: False leaves the moves out: the arm that tells what they are worth.
+            weights_after: Generations without a gain before the weights are updated.
+            max_updates: Of the weights, in one run.
         """
         self._patience = patience
         self._min_gain = min_gain
         self._knobs_per_trial = knobs_per_trial
         self._startup_trials = startup_trials
         self._use_moves = use_moves
+        self._weights_after = weights_after
+        self._max_updates = max_updates
         self._study: optuna.Study | None = None
         self._told: set[str] = set()
 
@@ -93,9 +100,14 @@ class OptunaBackend:
     def decide(self, question: Question) -> Decision:
         """Applies the plateau rule."""
         history = question.history
-        if history[-1].reason == EXHAUSTED:
-            return Decision(lever=Lever.STOP, hypothesis=f"Nothing is left to try: {EXHAUSTED}.")
+        exhausted = history[-1].reason == EXHAUSTED
         best, since = _plateau(history, question.metric, self._min_gain)
+        if update := self._update(question, best, since, exhausted=exhausted):
+            return update
+        if Lever.HARNESS not in question.levers:
+            return Decision(lever=Lever.STOP, hypothesis="The updates that were allowed are made.")
+        if exhausted:
+            return Decision(lever=Lever.STOP, hypothesis=f"Nothing is left to try: {EXHAUSTED}.")
         if since >= self._patience:
             return Decision(
                 lever=Lever.STOP,
@@ -106,6 +118,24 @@ class OptunaBackend:
             lever=Lever.HARNESS,
             hypothesis="The harness still has knobs that may pay.",
             evidence=f"{since} of {self._patience} generations without a gain.",
+        )
+
+    def _update(
+        self, question: Question, best: str, since: int, *, exhausted: bool
+    ) -> Decision | None:
+        """Pulls the weights lever where the harness has stopped to pay, or is not to be touched."""
+        waiting = Lever.HARNESS in question.levers and not exhausted
+        if Lever.WEIGHTS not in question.levers or len(question.updates) >= self._max_updates:
+            return None
+        if waiting and since < self._weights_after:
+            return None
+        recipe, evidence = choose_recipe(question)
+        return Decision(
+            lever=Lever.WEIGHTS,
+            recipe=recipe,
+            hypothesis="What the harness cannot express, the policy may learn.",
+            evidence=f"{since} generations without a gain over {best}; {evidence}",
+            expected_effect="Items are won that no knob reached.",
         )
 
     def _move(self, request: Request, space: Space, base: Knobs) -> Proposal | None:
@@ -347,6 +377,28 @@ def _expected(changes: Mapping[str, Any], history: Sequence[Shown]) -> str:
         else:
             parts.append(f"{name}={value!r}: no earlier candidate had it")
     return "; ".join(parts)
+
+
+def choose_recipe(question: Question) -> tuple[str, str]:
+    """The recipe for what was observed, and the observation.
+
+    References first, as long as no update has used them; then what the last update saw of rewards:
+    none at all asks for the best of many answers, a group that always agrees too; else the standing
+    of an answer in its group says enough.
+    """
+    offered = [choice.name for choice in question.recipes]
+    done = {update.recipe for update in question.updates if not update.problem}
+    seen = question.updates[-1].report if question.updates else {}
+    wanted = []
+    if question.references and "sft" not in done:
+        wanted.append(("sft", "train items come with their answers"))
+    if seen.get("reward_after") == 0.0 or seen.get("silent_share", 0.0) > MOSTLY_SILENT:
+        wanted.append(("best_of_n", "almost no group of answers had any spread of reward"))
+    wanted.append(("grpo", "rewards differ inside the groups of answers"))
+    for name, observed in wanted:
+        if name in offered:
+            return name, observed
+    return offered[0], f"of {', '.join(offered)} it is the first on the menu"
 
 
 def _plateau(history: Sequence[Shown], metric: Metric, min_gain: float) -> tuple[str, int]:

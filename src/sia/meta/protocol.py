@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sia.feedback import Shown
-from sia.records import Candidate, Decision, Lever, Proposal
+from sia.records import Candidate, Choice, Decision, Lever, Proposal, Update
 from sia.tasks.task import Metric
 
 
@@ -49,6 +49,9 @@ class Question:
         folder: For what the backend wants to keep of this decision (prompt, transcript).
         history: All candidates, oldest first, as far as `feedback` shows them; never empty.
         levers: What may be chosen.
+        recipes: How the weights may be updated; empty where that lever is off.
+        updates: Those made so far, in order.
+        references: Whether train items come with their answers.
         state, metric, seed: As in `Request`.
     """
 
@@ -57,6 +60,9 @@ class Question:
     folder: Path
     history: Sequence[Shown]
     levers: Sequence[Lever]
+    recipes: Sequence[Choice]
+    updates: Sequence[Update]
+    references: bool
     state: Path
     metric: Metric
     seed: int

@@ -31,7 +31,7 @@ from sia.sandbox.collect import collect_tree
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
 from sia.sandbox.protocol import Job, Launch, Limits, Runtime, Sandbox
-from sia.sandbox.staging import copy_read_only, remove
+from sia.sandbox.staging import copy_read_only, hand_over, remove
 
 ENTER = Path(__file__).with_name("enter.py")
 DATA_LINK = "data"  # in the workspace; made by enter.py
@@ -41,9 +41,6 @@ MAX_FILES, MAX_MIB = 2_000, 64
 MAX_OTHER_FILES, MAX_OTHER_MIB = 500, 8
 # Left by interpreters and tools; nobody wrote them.
 CACHES = ("__pycache__", "node_modules")
-# Of everything that is put into a workspace: listings are part of what a model is told, and a
-# repeated run must tell it the same.
-STAGED_AT = 946_684_800  # 2000-01-01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +189,7 @@ class Sessions:
                     endpoint=lease.endpoint,
                 )
                 launch = self._sandbox.launch(job)
-                _hand_over(work, launch.owner)
+                hand_over(work, launch.owner, executable=work / PYTHON)
                 deadline_s = max(0.1, min(self.agent.session_s, self._left_s()))
                 execution = _execute(launch, job, deadline_s, cancel)
                 refused, answered = lease.refused, lease.answered
@@ -232,16 +229,6 @@ def _with_ours(runtime: Runtime) -> Runtime:
     """The agent's interpreter, beside which ours can be read: it is the one that runs targets."""
     ours = current_runtime().roots
     return Runtime(python=runtime.python, roots=tuple(dict.fromkeys((*runtime.roots, *ours))))
-
-
-def _hand_over(work: Path, owner: int | None) -> None:
-    """Makes everything in a workspace the agent's own, whatever our umask, and of one age."""
-    for folder, folders, files in os.walk(work):
-        for path in (*(Path(folder, name) for name in (*folders, *files)), Path(folder)):
-            path.chmod(0o755 if path.is_dir() or path == work / PYTHON else 0o644)
-            if owner is not None:
-                os.chown(path, owner, owner)
-            os.utime(path, (STAGED_AT, STAGED_AT))
 
 
 def _execute(launch: Launch, job: Job, deadline_s: float, cancel: Cancel) -> Execution:

@@ -9,6 +9,7 @@ from pathlib import Path
 from sia.errors import TargetError
 from sia.sandbox.launch import (
     FORWARD,
+    POLICY,
     environment,
     forwarded,
     limits_argv,
@@ -177,6 +178,8 @@ class Bwrap:
             ("--ro-bind", str(job.code), CODE),
             ("--bind", str(job.work), WORK),
         ]
+        if job.policy:
+            binds.append(("--ro-bind", str(job.policy), POLICY))
         if job.endpoint:
             binds += [
                 ("--ro-bind", str(FORWARD), SCRIPT),

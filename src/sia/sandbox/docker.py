@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 from sia.errors import TargetError
-from sia.sandbox.launch import FORWARD, environment, forwarded, program_argv
+from sia.sandbox.launch import FORWARD, POLICY, environment, forwarded, program_argv
 from sia.sandbox.protocol import Job, Launch
 
 FIRST_UID = 64100
@@ -97,6 +97,8 @@ class Docker:
         for name, value in variables.items():
             argv += ["--env", f"{name}={value}"]
         program = program_argv(job, python="python", data=DATA, code=CODE, work=WORK)
+        if job.policy:
+            argv += ["--mount", _bind(job.policy, POLICY, read_only=True)]
         if job.endpoint:
             argv += ["--mount", _bind(FORWARD, SCRIPT, read_only=True)]
             argv += ["--mount", _bind(job.endpoint.socket, GATEWAY)]

@@ -10,6 +10,7 @@ from sia.sandbox.environments import current_runtime
 from sia.sandbox.protocol import Endpoint, Job, Launch, Limits, Sandbox
 
 FORWARD = Path(__file__).with_name("forward.py")
+POLICY = "/sia/policy"  # inside a sandbox that has a root of its own
 FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
 TRIAL_DEADLINE_S = 20
 TRIAL_AGENT = """
@@ -18,13 +19,16 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 """
 
 
-def environment(job: Job, *, home: str, port: int = FORWARD_PORT) -> dict[str, str]:
+def environment(
+    job: Job, *, home: str, port: int = FORWARD_PORT, policy: str = POLICY
+) -> dict[str, str]:
     """Everything that a program finds in its environment.
 
     Args:
         job: What is run.
         home: Its home and its folder for temporary files.
         port: Where its endpoint listens, on its loopback interface.
+        policy: Where it finds its policy, if it has one.
     """
     threads = str(job.limits.threads)
     # Which kernels OpenBLAS picks can be corrected by the host; wrong ones give wrong numbers.
@@ -49,6 +53,7 @@ def environment(job: Job, *, home: str, port: int = FORWARD_PORT) -> dict[str, s
         "SIA_ATTEMPT": job.marker,
         "TMPDIR": home,
         "USER": "target",
+        **({"SIA_POLICY": policy} if job.policy else {}),
         **(_model_variables(job.endpoint, port) if job.endpoint else {}),
     }
 

@@ -70,7 +70,10 @@ class Process:
                     code=str(job.code), work=str(job.work),
                 ),
             ],
-            env=environment(job, home=str(job.work), port=job.endpoint.port if job.endpoint else 0),
+            env=environment(
+                job, home=str(job.work), port=job.endpoint.port if job.endpoint else 0,
+                policy=str(job.policy),
+            ),
             cwd=job.work,
         )  # fmt: skip
 

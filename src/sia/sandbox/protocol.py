@@ -64,6 +64,7 @@ class Job:
         slot: Distinct among attempts that run side by side on this machine; separates their user
             ids.
         marker: A token in the environment by which strays of this attempt are found.
+        policy: What an update of the weights has left, read-only; None: nothing.
         endpoint: The only thing outside that the program can reach; None: nothing.
         links: Symbolic links inside, path -> where it leads; bubblewrap alone can make them.
         devices: Device files that bwrap shows inside, for instance those of a GPU.
@@ -80,6 +81,7 @@ class Job:
     endpoint: Endpoint | None = None
     links: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[Path, ...] = ()
+    policy: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

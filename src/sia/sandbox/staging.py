@@ -7,6 +7,9 @@ from pathlib import Path
 
 from sia.errors import TargetError
 
+# Listings are part of what a model is told, and a repeated run must tell it the same.
+STAGED_AT = 946_684_800  # 2000-01-01
+
 
 def copy_read_only(source: Path, target: Path, *, follow_links: bool) -> Path:
     """A copy of a folder whose files are read-only. Returns `target`."""
@@ -18,6 +21,24 @@ def copy_read_only(source: Path, target: Path, *, follow_links: bool) -> Path:
 
     shutil.copytree(source, target, symlinks=not follow_links, copy_function=copy_file)
     return target
+
+
+def hand_over(work: Path, owner: int | None, *, executable: Path | None = None) -> None:
+    """Makes everything in a folder the sandboxed program's own, whatever our umask, and of one age.
+
+    Args:
+        work: The folder.
+        owner: User id; None where it is ours.
+        executable: The one file that may be run.
+    """
+    for folder, folders, files in os.walk(work):
+        for path in (*(Path(folder, name) for name in (*folders, *files)), Path(folder)):
+            if path.is_symlink():
+                continue
+            path.chmod(0o755 if path.is_dir() or path == executable else 0o644)
+            if owner is not None:
+                os.chown(path, owner, owner)
+            os.utime(path, (STAGED_AT, STAGED_AT))
 
 
 def remove(path: Path) -> None:

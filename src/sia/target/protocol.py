@@ -9,8 +9,16 @@ from sia.records import Attempt
 class Target(Protocol):
     """Runs candidates. One bad candidate never raises: its attempt says what went wrong."""
 
-    def run(self, candidate: str, *, harness: Path, out: Path, deadline_s: float) -> Attempt:
-        """Executes one candidate on the public side of the task.
+    def run(
+        self,
+        candidate: str,
+        *,
+        harness: Path,
+        out: Path,
+        deadline_s: float,
+        policy: Path | None = None,
+    ) -> Attempt:
+        """Executes one candidate on the public side of the task, with its policy if it has one.
 
         Leaves in `out`: `submission/`, `agent_execution/`, `stdout.log`, `stderr.log`,
         `usage.json`.

@@ -88,8 +88,16 @@ class HarnessRunner:
             )
         self._data_checked = True
 
-    def run(self, candidate: str, *, harness: Path, out: Path, deadline_s: float) -> Attempt:
-        """Executes one candidate; the contract is that of `sia.sandbox.protocol.Target`."""
+    def run(
+        self,
+        candidate: str,
+        *,
+        harness: Path,
+        out: Path,
+        deadline_s: float,
+        policy: Path | None = None,
+    ) -> Attempt:
+        """Executes one candidate; the contract is that of `sia.target.protocol.Target`."""
         cancel = Cancel()
         with self._lock:
             if self._cancelled:  # the one who cancels cannot know who is about to begin
@@ -97,7 +105,9 @@ class HarnessRunner:
             self._active.add(cancel)
         try:
             self.check()
-            attempt = self._run(candidate, harness.resolve(), out.resolve(), deadline_s, cancel)
+            attempt = self._run(
+                candidate, harness.resolve(), out.resolve(), deadline_s, cancel, policy
+            )
             if attempt.outcome is not Outcome.OK:
                 _refuse_full_disk(out)
             return attempt
@@ -114,7 +124,13 @@ class HarnessRunner:
                 cancel.set()
 
     def _run(
-        self, candidate: str, harness: Path, out: Path, deadline_s: float, cancel: Cancel
+        self,
+        candidate: str,
+        harness: Path,
+        out: Path,
+        deadline_s: float,
+        cancel: Cancel,
+        policy: Path | None,
     ) -> Attempt:
         out.mkdir(parents=True, exist_ok=True)
         for name in LEAVINGS:
@@ -137,7 +153,7 @@ class HarnessRunner:
             if not self._sandbox.shields_data:
                 data = copy_read_only(data, out / "inputs" / "data", follow_links=True)
                 harness = copy_read_only(harness, out / "inputs" / "harness", follow_links=False)
-            with free_slot() as slot, self._lease(candidate) as lease:
+            with free_slot() as slot, self._lease(candidate, policy) as lease:
                 job = Job(
                     data=data,
                     code=harness,
@@ -147,6 +163,7 @@ class HarnessRunner:
                     slot=slot,
                     marker=secrets.token_hex(8),
                     endpoint=lease.endpoint if lease else None,
+                    policy=policy.resolve() if policy else None,
                 )
                 launch = self._sandbox.launch(job)
                 execution = execute(launch, job, deadline_s=deadline_s, cancel=cancel)
@@ -165,10 +182,12 @@ class HarnessRunner:
             remove(work)
             remove(out / "inputs")
 
-    def _lease(self, candidate: str) -> contextlib.AbstractContextManager[Lease | None]:
+    def _lease(
+        self, candidate: str, policy: Path | None
+    ) -> contextlib.AbstractContextManager[Lease | None]:
         if self._gateway is None:
             return contextlib.nullcontext()
-        return self._gateway.lease(Role.TARGET, f"{candidate}/target")
+        return self._gateway.lease(Role.TARGET, f"{candidate}/target", policy=policy)
 
     def _collect(self, candidate: str, execution: Execution, work_fd: int, out: Path) -> Attempt:
         """Takes trajectories always, and the submission of a target that ended well."""

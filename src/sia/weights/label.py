@@ -55,6 +55,7 @@ class Label:
         base: str,
         labels: str,
         calibration: str,
+        column: str = "text",
         upper_layers: int = 2,
         prefix: str = "",
         max_prompt_tokens: int = 192,
@@ -72,8 +73,9 @@ class Label:
         Args:
             base: Folder of a Hugging Face encoder of the BERT family and its tokenizer.
             labels: JSON file with the list of labels.
-            calibration: CSV file with a column `text`. Its first texts centre and scale what the
-                base makes of a text; no label is read.
+            calibration: CSV file. Its first texts centre and scale what the base makes of a text;
+                no label is read.
+            column: Of the texts in that file.
             upper_layers: Layers that are adapted, counted from the last; the rest is frozen.
             prefix: Put in front of every prompt, where the base was trained so.
             max_prompt_tokens: Longer prompts lose their end.
@@ -111,7 +113,7 @@ class Label:
         self._states = _STATES.setdefault((self.base_sha256, upper_layers, self._half), {})
         width = encoder.config.hidden_size
         tower = _Tower(upper, width, len(self.labels)).to(self.device)
-        self._calibrate(tower, Path(calibration))
+        self._calibrate(tower, _texts(Path(calibration), column))
         self._peft = self._adapted(tower, _lora_config(tower, rank, alpha, dora, targets))
         self._value_head = _zeros(width, 1).to(self.device) if values else None
         self._module = nn.ModuleDict({"lower": self._lower, "tower": self._peft})
@@ -257,10 +259,10 @@ class Label:
                 self._states[prompt] = state_PD[: len(prompt)].clone()
 
     @torch.no_grad()
-    def _calibrate(self, tower: _Tower, path: Path) -> None:
+    def _calibrate(self, tower: _Tower, texts: Sequence[str]) -> None:
         self._peft = tower
         state_ND = []
-        ids_NP, _ = self._prompts(_texts(path))
+        ids_NP, _ = self._prompts(texts)
         for rows in _parts((ids_NP >= 0).sum(1)):
             state_ND.append(self._tower(ids_NP[rows])[1])
         every_ND = torch.cat(state_ND)
@@ -390,7 +392,7 @@ def _load(base: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
             f"base={base!r} cannot be loaded: {str(error).splitlines()[0]} "
-            "Make one: python -m sia.weights.e5 FOLDER"
+            "The bundled one is base=e5-small: python -m sia.weights fetch e5-small"
         ) from error
     if not isinstance(getattr(getattr(model, "encoder", None), "layer", None), nn.ModuleList):
         raise WeightsError(
@@ -412,12 +414,16 @@ def _labels(path: Path) -> list[str]:
     return [str(label) for label in found]
 
 
-def _texts(path: Path) -> list[str]:
+def _texts(path: Path, column: str) -> list[str]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row["text"] for row in islice(csv.DictReader(file), CALIBRATION_TEXTS)]
-    except (OSError, KeyError) as error:
+            rows = [row[column] for row in islice(csv.DictReader(file), CALIBRATION_TEXTS)]
+    except OSError as error:
         raise WeightsError(f"policy.calibration={str(path)!r} cannot be read: {error}") from error
+    except KeyError:
+        raise WeightsError(
+            f"policy.calibration={str(path)!r} has no column {column!r}. Name it: policy.column"
+        ) from None
     if len(rows) < 2:
         raise WeightsError(f"policy.calibration={str(path)!r} has fewer than two texts.")
     return rows

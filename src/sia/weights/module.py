@@ -42,8 +42,7 @@ class Update(LightningModule):
         optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
-        warm = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (recipe.warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": warm}
+        return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, recipe.pace)}
 
     def training_step(self, data: StepData, index: int) -> None:
         """One optimiser step.

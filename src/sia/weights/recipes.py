@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sia.errors import WeightsError
@@ -101,6 +101,7 @@ class Recipe:
     Attributes:
         steps: Optimiser steps of an update.
         lr: Learning rate of AdamW, after `warmup` steps of linear growth.
+        decay: `none`, or `linear`: the learning rate then falls to 0 at the last step.
         batch: Answers of an optimiser step; None: the whole round.
         micro_batch: Answers that pass through the model at once; None: the whole step. Halves
             itself when memory runs out; changes neither loss nor gradient.
@@ -121,6 +122,7 @@ class Recipe:
     steps: int = 50
     lr: float = 1e-4
     warmup: int = 5
+    decay: str = "none"
     weight_decay: float = 0.0
     batch: int | None = None
     micro_batch: int | None = None
@@ -161,6 +163,11 @@ class Recipe:
             if (getattr(self, name) or 0) % self.unit:
                 found.append(f"{name}={getattr(self, name)!r} must be a multiple of {self.unit}.")
         return found
+
+    def pace(self, step: int) -> float:
+        """Share of the learning rate that a step has, counted from 0."""
+        grown = min(1.0, (step + 1) / (self.warmup + 1))
+        return grown if self.decay == "none" else grown * max(0.0, 1 - step / self.steps)
 
     @property
     def uses_base(self) -> bool:
@@ -246,6 +253,19 @@ class NoUpdate:
     """weights=none: the lever is off."""
 
     name: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto:
+    """weights=auto: the Feedback-Agent chooses among all recipes.
+
+    Attributes:
+        recipes: Name -> settings that go over those that the task recommends, and over the
+            recipe's own.
+    """
+
+    name: str = "auto"
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,6 +584,7 @@ _AT_LEAST = {
 _AT_MOST = {"gamma": 1, "lam": 1, "clip_low": 1}
 _ONE_OF = {
     "average": ("token", "sequence", "constant"),
+    "decay": ("none", "linear"),
     "baseline": ("mean", "leave_one_out", "batch"),
     "scale": ("group", "batch", "none"),
     "kl_estimator": ("k1", "k3", "k3_weighted"),
