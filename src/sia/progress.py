@@ -14,7 +14,7 @@ from rich.text import Text
 from sia import spend
 from sia.gateway.protocol import Role, Spend
 from sia.loop import Closed, Event, Proposed, Scored, Started
-from sia.records import Ending, Outcome, Result
+from sia.records import Ending, Lever, Outcome, Result
 from sia.tasks.task import Metric
 
 SHOWN_GENERATIONS = 12
@@ -97,7 +97,9 @@ class Progress:
                     f"generation {event.generation}  lever={event.decision.lever}  parent={parent}"
                 )
             elif isinstance(event, Proposed):
-                self._now = f"{event.candidate.id}: running"
+                trains = event.candidate.lever is Lever.WEIGHTS
+                doing = "updating the weights, then running" if trains else "running"
+                self._now = f"{event.candidate.id}: {doing}"
             elif isinstance(event, Scored):
                 self._scored(event.result)
             elif isinstance(event, Closed):

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -32,6 +32,7 @@ from sia.records import (
     Lever,
     Outcome,
     Result,
+    Update,
     from_data,
     from_json,
     to_json,
@@ -207,6 +208,8 @@ class RunView:
             totals["score/dev"] = best.score
         proposal = best.candidate.proposal
         tags["sia.outcome"] = best.outcome.value
+        if best.candidate.policy:
+            tags["sia.policy"] = best.candidate.policy
         tags["mlflow.note.content"] = "\n\n".join(
             filter(None, [proposal.hypothesis, proposal.evidence, best.reason])
         )[:MAX_NOTE]
@@ -278,22 +281,32 @@ def metric_name(name: str) -> str:
 
 
 def _results(steps: Mapping[str, Line]) -> list[Result]:
-    """The candidates of one generation that got as far as an attempt, by index."""
+    """The candidates of one generation of which it is known what became, by index."""
     results = []
     for key, line in sorted(steps.items()):
         place, _, kind = key.partition("/")
-        attempt = steps.get(f"{place}/attempt")
-        if kind != "candidate" or attempt is None:
+        if kind != "candidate":
             continue
-        evaluation = steps.get(f"{place}/evaluation")
+        candidate = from_data(line.data, Candidate)
+        attempt = _step(steps, f"{place}/attempt", Attempt)
+        update = _step(steps, f"{place}/update", Update)
+        if attempt is None:
+            outcome, reason = Outcome.BAD_PROPOSAL, candidate.problem
+            if update is not None:
+                outcome, reason = Outcome.UPDATE_FAILED, update.problem
+            if not reason:
+                continue
+            attempt = Attempt(candidate=candidate.id, outcome=outcome, reason=reason)
+        evaluation = _step(steps, f"{place}/evaluation", Evaluation)
         results.append(
-            Result(
-                candidate=from_data(line.data, Candidate),
-                attempt=from_data(attempt.data, Attempt),
-                evaluation=None if evaluation is None else from_data(evaluation.data, Evaluation),
-            )
+            Result(candidate=candidate, attempt=attempt, evaluation=evaluation, update=update)
         )
     return sorted(results, key=lambda result: result.candidate.index)
+
+
+def _step(steps: Mapping[str, Line], key: str, kind: type[T]) -> T | None:
+    line = steps.get(key)
+    return None if line is None else from_data(line.data, kind)
 
 
 def _rank(result: Result) -> float:
@@ -322,6 +335,9 @@ def _metrics(result: Result, folder: Path, attempt: Line | None) -> dict[str, fl
                 metrics[metric_name(f"{group}/{name}")] = value
         if evaluation.score is not None:
             metrics["score/dev"] = evaluation.score
+    if result.update is not None:
+        for name, value in sorted(result.update.report.items()):
+            metrics[metric_name(f"update/{name}")] = value
     return metrics
 
 
@@ -332,6 +348,8 @@ def _files(result: Result, folder: Path) -> dict[str, bytes]:
         "stdout.log": _read(folder / "stdout.log", tail=LOG_TAIL),
         "stderr.log": _read(folder / "stderr.log", tail=LOG_TAIL),
     }
+    if result.update is not None:
+        files["update.json"] = msgspec.json.format(to_json(result.update))
     if result.evaluation is not None:
         files["evaluation.json"] = msgspec.json.format(to_json(result.evaluation))
     return {name: data for name, data in files.items() if data}
