@@ -449,7 +449,8 @@ def part(node: Any, trusted: Sequence[str]) -> Any:
 
 def _task(cfg: Config) -> Task:
     """What `task._target_` makes of the folder."""
-    settings = [key for key in cast(Any, cfg.task) if key not in ("name", "verify_s")]
+    unset = {"source"} if cast(Any, cfg.task).get("source") is None else set()
+    settings = [key for key in cast(Any, cfg.task) if key not in {"name", "verify_s"} | unset]
     return cast(
         Task, part(OmegaConf.masked_copy(cast(Any, cfg.task), settings), cfg.trusted_packages)
     )

@@ -22,6 +22,7 @@ class TaskConfig:
     _target_: str = "sia.tasks.open_folder"
     name: str = MISSING
     dir: str = MISSING  # resolved against the working directory, then against the checkout
+    source: str | None = None  # one of the further sources in task.yaml; null: the task's own data
     verify_s: float | None = None  # deadline of the verifier; null: the task's own
 
 

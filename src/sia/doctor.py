@@ -235,10 +235,10 @@ def _data(task: Task) -> Iterator[Finding]:
             name="data",
             state=OK if made else FAIL,
             value="made by the first run" if made else f"those of {task.name} are not here",
-            help="" if made else f"dvc repro split@{task.name}",
+            help="" if made else f"dvc repro {task.stage('split')}",
         )
         return
-    changed = _changed_data(task.root)
+    changed = _changed_data(task)
     if changed is None:
         yield Finding(
             name="data",
@@ -250,7 +250,7 @@ def _data(task: Task) -> Iterator[Finding]:
             name="data",
             state=FAIL,
             value=f"not those of dvc.lock: {', '.join(changed)}",
-            help=f"dvc checkout split@{task.name}",
+            help=f"dvc checkout {task.stage('split')}",
         )
     else:
         yield Finding(
@@ -489,14 +489,13 @@ def _listed(body: bytes) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def _changed_data(root: Path) -> list[str] | None:
+def _changed_data(task: Task) -> list[str] | None:
     """Outputs of a task's stages that are not as recorded; None where nothing is recorded."""
-    top = root.parents[1]
-    if not (top / "dvc.lock").is_file():
+    top = task.root.parents[1]
+    if not ((top if task.source is None else task.root) / "dvc.lock").is_file():
         return None
-    stage = f"split@{root.name}"
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", "--json", stage],
+        [sys.executable, "-m", "dvc", "status", "--json", task.stage("split")],
         cwd=top, capture_output=True, text=True, timeout=ASK_S, check=False,
     )  # fmt: skip
     if done.returncode != 0:

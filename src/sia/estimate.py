@@ -150,7 +150,7 @@ def plan_of(
 ) -> Plan:
     """Reads what is known: sizes of the task, its items and the first harness."""
     splits = task.facts.splits
-    texts = [task.root / "task.md", *sorted(path for path in harness.rglob("*") if path.is_file())]
+    texts = [task.text, *sorted(path for path in harness.rglob("*") if path.is_file())]
     return Plan(
         generations=cfg.generations,
         candidates=int(OmegaConf.select(cast(DictConfig, cfg), "search.candidates") or 1),
@@ -209,10 +209,11 @@ def earlier(
     except RunDirectoryError:
         return
     found = []
+    name = cfg.task.name if cfg.task.source is None else f"{cfg.task.name}@{cfg.task.source}"
     for run in runs:
         info, result = rundir.read_info(run), rundir.read_result(run)
         same = (info.task, info.meta, info.target) == (
-            cfg.task.name,
+            name,
             choices["meta"],
             choices["target"],
         )

@@ -170,8 +170,9 @@ def _markdown_table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> I
 
 def _task(name: str) -> Task | None:
     """The bundled task of that name; None for one that lives elsewhere."""
+    folder, _, source = name.partition("@")
     try:
-        return load_task(find_task_dir(f"tasks/{name}"))
+        return load_task(find_task_dir(f"tasks/{folder}"), source or None)
     except SiaError:
         return None
 

@@ -1,13 +1,16 @@
-"""Turn the two count matrices into the public side and the two private sides of `denoising`."""
+"""Turn count matrices into the public side and the two private sides of `denoising`."""
 
 import csv
 import io
 import shutil
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -19,22 +22,57 @@ SAME_DATE = (1980, 1, 1, 0, 0, 0)  # zip members carry a date; a seed must give 
 Counts = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where an h5ad file keeps its counts, and which of its cells are meant.
+
+    Attributes:
+        matrix: Places in the file; the first that is there counts.
+        cells: Column of `obs` and the value that a cell must have in it; None for all cells.
+    """
+
+    matrix: tuple[str, ...]
+    cells: tuple[str, str] | None = None
+
+
+LAYOUTS = {  # of the sources in task.yaml, by name; each is one file <name>.h5ad
+    "pancreas": Layout(("layers/counts",), cells=("tech", "inDrop1")),
+    "pbmc_1k": Layout(("X",)),
+    "tabula_lung": Layout(("raw/X", "raw.X")),
+}
+
+
 def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     """Write `public/`, `private/dev/` and `private/test/`; same seed, same bytes.
 
     Each matrix is split once, by its molecules, as Open Problems does it. The cells of `celltypist`
     are then divided at random: the held-out molecules of one half are dev, those of the other half
-    and of all `pbmc68k` are test.
+    and of all `pbmc68k` are test. A further source is one matrix, whose cells are divided alike.
 
     Args:
-        raw: Folder with sample_cell_by_gene.csv and pbmc68k_reduced.h5ad.
-        public: Gets celltypist.npz, pbmc68k.npz (train counts) and task.md.
-        private: Gets dev/ and test/, each with both train matrices and its held-out counts.
-        seed: Of the official split of `celltypist`; `pbmc68k` takes the next one.
+        raw: Folder with sample_cell_by_gene.csv and pbmc68k_reduced.h5ad, or with the file of one
+            further source.
+        public: Gets celltypist.npz, pbmc68k.npz (train counts) and task.md; of a further source,
+            its one matrix and its own task.md.
+        private: Gets dev/ and test/, each with all train matrices and its held-out counts.
+        seed: Of the official split of the first matrix; `pbmc68k` takes the next one.
 
     Raises:
-        ValueError: A matrix cannot be read or does not hold counts.
+        ValueError: A matrix cannot be read or does not hold counts, or a further source has not the
+            number of cells that task.yaml states.
     """
+    for name, layout in LAYOUTS.items():
+        if (path := raw / f"{name}.h5ad").is_file():
+            facts = yaml.safe_load((HERE / "task.yaml").read_text("utf-8"))["sources"][name]
+            counts = read_layout(path, layout)
+            if len(counts) != (stated := sum(facts["splits"].values())):
+                raise ValueError(
+                    f"{path.name} has {len(counts)} cells with counts where task.yaml states "
+                    f"{stated}: this is another file. If you mean it, correct sources.{name}.splits"
+                )
+            text = HERE / facts["task_md"]
+            write_sides({name: counts}, public, private, seed=seed, text=text)
+            return
     matrices = {
         "celltypist": read_csv(raw / "sample_cell_by_gene.csv"),
         "pbmc68k": read_h5ad(raw / "pbmc68k_reduced.h5ad"),
@@ -42,7 +80,14 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     write_sides(matrices, public, private, seed=seed)
 
 
-def write_sides(matrices: dict[str, Counts], public: Path, private: Path, *, seed: int) -> None:
+def write_sides(
+    matrices: dict[str, Counts],
+    public: Path,
+    private: Path,
+    *,
+    seed: int,
+    text: Path = HERE / "task.md",
+) -> None:
     """Split the matrices and write all sides; the first matrix gives the dev cells."""
     for folder in (public, private / "dev", private / "test"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +104,7 @@ def write_sides(matrices: dict[str, Counts], public: Path, private: Path, *, see
             if len(rows):
                 rows = np.sort(rows)
                 write_counts(private / side / f"{name}.held.npz", held[rows], rows=rows)
-    shutil.copyfile(HERE / "task.md", public / "task.md")
+    shutil.copyfile(text, public / "task.md")
 
 
 def reveal_dev(public: Path, private_dev: Path, out: Path) -> None:
@@ -121,20 +166,92 @@ def read_h5ad(path: Path) -> Counts:
     Raises:
         ValueError: h5py is missing, or what comes back is far from integers.
     """
+    with _open(path) as file:
+        logs, cells = _matrix(file["raw.X"], None), file["obs"]["n_counts"][:]
+    values = np.expm1(logs.toarray().astype(np.float64)) * np.asarray(cells)[:, None] / 1e4
+    return _as_counts(values, path.name, tolerance=0.1)
+
+
+def read_layout(path: Path, layout: Layout) -> Counts:
+    """The counts in an h5ad file, without genes and then cells that have none, as in Open Problems.
+
+    Reads matrices in CSR, CSC and dense form, and annotations as old and new versions of anndata
+    write them.
+
+    Raises:
+        ValueError: The file has not this layout, or does not hold counts.
+    """
+    with _open(path) as file:
+        place = next((place for place in layout.matrix if place in file), None)
+        if place is None:
+            raise ValueError(f"{path.name} has no matrix {' or '.join(layout.matrix)}")
+        rows = None
+        if layout.cells is not None:
+            column, value = layout.cells
+            rows = np.flatnonzero(_column(file, column, path.name) == value)
+            if not len(rows):
+                raise ValueError(f"{path.name} has no cell whose {column} is {value!r}")
+        matrix = _matrix(file[place], rows)
+    matrix = matrix[:, np.asarray(matrix.sum(0)).ravel() > 0]
+    matrix = matrix[np.asarray(matrix.sum(1)).ravel() > 0]
+    matrix.data = _as_counts(matrix.data.astype(np.float64), path.name, tolerance=1e-6)
+    return matrix.toarray()  # type: ignore[no-any-return]
+
+
+def _open(path: Path) -> Any:
+    """An h5ad file, opened.
+
+    Raises:
+        ValueError: h5py is missing, or the file is none.
+    """
     try:
         import h5py
     except ImportError as error:
         raise ValueError(
-            "h5py is needed to read pbmc68k_reduced.h5ad. Install it: pip install -e '.[tasks]'"
+            f"h5py is needed to read {path.name}. Install it: pip install -e '.[tasks]'"
         ) from error
-    with h5py.File(path, "r") as file:
-        group, cells = file["raw.X"], file["obs"]["n_counts"]
-        logs = sparse.csr_matrix(
-            (group["data"][:], group["indices"][:], group["indptr"][:]),
-            shape=tuple(int(n) for n in group.attrs["h5sparse_shape"]),
-        )
-    values = np.expm1(logs.toarray().astype(np.float64)) * np.asarray(cells)[:, None] / 1e4
-    return _as_counts(values, path.name, tolerance=0.1)
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path.name} is not an h5ad file: {error}") from None
+
+
+def _matrix(node: Any, rows: NDArray[np.intp] | None) -> Any:
+    """A matrix of an h5ad file, or some of its rows, in CSR form."""
+    if hasattr(node, "shape"):  # dense: only what is needed is read
+        return sparse.csr_matrix(node[:] if rows is None else node[rows])
+    attributes = {key.removeprefix("h5sparse_"): node.attrs[key] for key in node.attrs}
+    form = _text(attributes.get("encoding-type", attributes.get("format", "csr")))
+    make = sparse.csc_matrix if form.startswith("csc") else sparse.csr_matrix
+    shape = tuple(int(n) for n in attributes["shape"])
+    matrix = make((node["data"][:], node["indices"][:], node["indptr"][:]), shape=shape).tocsr()
+    return matrix if rows is None else matrix[rows]
+
+
+def _column(file: Any, name: str, where: str) -> NDArray[Any]:
+    """A column of `obs` as text, shape (cells,).
+
+    A categorical one is a group of codes and categories; in files of anndata 0.7 the codes refer
+    to `obs/__categories`; before, `obs` is one table and the categories lie in `uns`.
+    """
+    obs = file["obs"]
+    if name not in (obs.dtype.names or () if hasattr(obs, "dtype") else obs):
+        raise ValueError(f"{where} has no column {name!r} in obs")
+    found = obs[name]
+    if hasattr(found, "keys"):
+        codes, categories = found["codes"][:], found["categories"][:]
+    elif "categories" in getattr(found, "attrs", ()):
+        codes, categories = found[:], file[found.attrs["categories"]][:]
+    elif f"uns/{name}_categories" in file:
+        codes, categories = found[:], file[f"uns/{name}_categories"][:]
+    else:
+        return np.array([_text(value) for value in found[:]], object)
+    names = np.array([*map(_text, categories), ""], object)  # code -1: no value
+    return names[codes]
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _as_counts(values: NDArray[np.float64], name: str, *, tolerance: float) -> Counts:

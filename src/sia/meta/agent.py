@@ -261,7 +261,7 @@ class AgentBackend:
         self, history: Sequence[Shown], parent: Candidate | None, *, with_past: bool
     ) -> dict[str, bytes]:
         """What the agent finds besides the harness and the data, by path."""
-        given = {"task.md": (self._task.root / "task.md").read_bytes()}
+        given = {"task.md": self._task.text.read_bytes()}
         if with_past:
             given["history.md"] = history_table(history, self._task.metric, self._run).encode()
             files = feedback_files(history, parent, self._run)

@@ -38,7 +38,7 @@ def controls(task: Task) -> Iterator[str]:
 
 def leaks(task: Task) -> Iterator[str]:
     """Walks the public side for private files, or ids beside their private labels."""
-    private = {path: path.read_bytes() for path in _files(task.root / "data" / "private")}
+    private = {path: path.read_bytes() for path in _files(task.private_dir)}
     answers = dict(_answers(private))
     for path in _files(task.public_dir):
         name, content = path.relative_to(task.public_dir), path.read_bytes()

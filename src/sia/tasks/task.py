@@ -10,10 +10,11 @@ tasks/<name>/
     harness_*/   further harnesses to start from, named in task.yaml
     baselines/   further harnesses that the exam puts beside the result
     data/        raw/, public/, private/dev/, private/test/: made by DVC, never in git
+                 sources/<source>/ the same again, for each further source in task.yaml
 """
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,12 +74,19 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the raw data come from: members of a wheel on the package index, by hash.
+    """Where the raw data come from.
 
     Attributes:
-        kind: `wheel`; `generated` for tasks whose prepare.py makes its data from the seed; `file`
-            where they lie beside prepare.py; `folder` for tasks that were staged from a folder of
-            another form, and whose splits were made by that.
+        kind: `wheel` for members of a wheel on the package index; `url` for one file; `by_hand` for
+            one file that a person has to fetch; `generated` for tasks whose prepare.py makes its
+            data from the seed; `file` where they lie beside prepare.py; `folder` for tasks that
+            were staged from a folder of another form, and whose splits were made by that.
+        file: The wheel; of `url` and `by_hand`, the name of the file among the raw data.
+        sha256: Of `file`. Needed for a wheel; without it a file of another kind is taken as it
+            comes, and its hash is written down.
+        url: Of the file, or of the page where a person finds it.
+        note: What that person has to know.
+        reference: What to cite.
         members: Name in `data/raw` -> member of the wheel.
         also: Further wheels, for data that no single one holds.
     """
@@ -88,14 +96,17 @@ class Source:
     version: str = ""
     file: str = ""
     sha256: str = ""
+    url: str = ""
+    note: str = ""
     licence: str = ""
+    reference: str = ""
     members: dict[str, str] = field(default_factory=dict)
     also: tuple["Source", ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A score that somebody else reports on the same test items."""
+    """A score that somebody else reports: on the same test items, unless `source` says more."""
 
     name: str
     score: float
@@ -103,10 +114,29 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FurtherSource:
+    """The same task on other raw data: everything in `task.yaml` that differs with them.
+
+    Attributes:
+        task_md: File beside `task.yaml` that stands in for `task.md`.
+    """
+
+    title: str
+    source: Source
+    submission: Submission
+    splits: dict[str, int]
+    limits: Limits
+    task_md: str = "task.md"
+    published: tuple[Published, ...] = ()
+    report: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskFacts:
     """`task.yaml`, typed.
 
     Attributes:
+        sources: Name for `task.source` -> the same task on further raw data.
         harnesses: Name for `target.harness` -> folder, besides `reference`.
         baselines: Name in the report -> folder of a harness that the exam runs.
         policy: What updates of the weights train, for targets without a model of their own.
@@ -123,6 +153,8 @@ class TaskFacts:
     submission: Submission
     source: Source
     splits: dict[str, int]
+    sources: dict[str, FurtherSource] = field(default_factory=dict)
+    task_md: str = "task.md"
     limits: Limits = field(default_factory=Limits)
     controls: dict[str, Any] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
@@ -137,15 +169,20 @@ class TaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The public side of a task. Labels are reached only through `labels_dir`, by the verifier."""
+    """The public side of a task. Labels are reached only through `labels_dir`, by the verifier.
+
+    Attributes:
+        source: Name of the further source whose data are used; None for the task's own.
+    """
 
     facts: TaskFacts
     root: Path
+    source: str | None = None
 
     @property
     def name(self) -> str:
-        """The task's name, equal to its folder's."""
-        return self.facts.name
+        """The task's name, equal to its folder's; with a further source, `name@source`."""
+        return self.facts.name if self.source is None else f"{self.facts.name}@{self.source}"
 
     @property
     def metric(self) -> Metric:
@@ -159,9 +196,30 @@ class Task:
         return tuple(source.package for source in sources if source.package)
 
     @property
+    def text(self) -> Path:
+        """What the meta backend and the target read; the public side has a copy."""
+        return self.root / self.facts.task_md
+
+    @property
+    def data_dir(self) -> Path:
+        """Everything that is fetched and split: `raw`, `public` and `private`."""
+        data = self.root / "data"
+        return data if self.source is None else data / "sources" / self.source
+
+    @property
+    def raw_dir(self) -> Path:
+        """The raw data, answers included."""
+        return self.data_dir / "raw"
+
+    @property
     def public_dir(self) -> Path:
         """What the target sees, read-only."""
-        return self.root / "data" / "public"
+        return self.data_dir / "public"
+
+    @property
+    def private_dir(self) -> Path:
+        """The labels of all splits."""
+        return self.data_dir / "private"
 
     @property
     def reference_harness(self) -> Path:
@@ -176,7 +234,17 @@ class Task:
 
     def labels_dir(self, split: str) -> Path:
         """Private labels of `dev` or `test`; for the verifier alone."""
-        return self.root / "data" / "private" / split
+        return self.private_dir / split
+
+    def stage(self, step: str) -> str:
+        """Address of the DVC stage that makes data of this task, seen from the repository's root.
+
+        Args:
+            step: `fetch` or `split`.
+        """
+        if self.source is None:
+            return f"{step}@{self.facts.name}"
+        return f"{self.root.parent.name}/{self.root.name}/dvc.yaml:{step}@{self.source}"
 
     def check_needs(self) -> None:
         """Finds out whether the packages that the task needs are installed.
@@ -199,11 +267,16 @@ class Task:
         )
 
 
-def load_task(root: Path) -> Task:
+def load_task(root: Path, source: str | None = None) -> Task:
     """Reads a task folder.
 
+    Args:
+        root: The folder.
+        source: One of the further sources that its `task.yaml` names; None for its own data.
+
     Raises:
-        TaskError: The folder, its `task.yaml`, or a file of the contract is missing or wrong.
+        TaskError: The folder, its `task.yaml`, or a file of the contract is missing or wrong; or
+            there is no such source.
     """
     path = root / "task.yaml"
     try:
@@ -216,21 +289,37 @@ def load_task(root: Path) -> Task:
         ) from error
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise TaskError(f"{path} breaks the task contract: {error}") from error
+    if source is not None:
+        facts = _with_source(facts, source)
     entries = [f"{folder}/{ENTRY_POINT}" for folder in ("harness", *facts.harnesses.values())]
     prepare = () if facts.source.kind == "folder" else ("prepare.py",)
-    for name in ("task.md", *prepare, "verify.py", *entries):
+    for name in (facts.task_md, *prepare, "verify.py", *entries):
         if not (root / name).is_file():
             raise TaskError(f"Task {facts.name!r} in {root} has no {name}. See docs/tasks.md.")
     if facts.metric.direction not in ("maximize", "minimize"):
         raise TaskError(
             f"{path}: metric.direction={facts.metric.direction!r} is neither maximize nor minimize."
         )
-    return Task(facts=facts, root=root)
+    return Task(facts=facts, root=root, source=source)
 
 
-def open_folder(*, dir: str) -> Task:
+def _with_source(facts: TaskFacts, name: str) -> TaskFacts:
+    """The facts of the same task on the data of a further source."""
+    if name not in facts.sources:
+        known = (
+            f"Its further sources: {', '.join(facts.sources)}" if facts.sources else "It has none"
+        )
+        raise TaskError(
+            f"Task {facts.name!r} has no source {name!r}. {known}. "
+            "Its own data are those without: task.source=null"
+        )
+    chosen = facts.sources[name]
+    return replace(facts, **{key: getattr(chosen, key) for key in chosen.__dataclass_fields__})
+
+
+def open_folder(*, dir: str, source: str | None = None) -> Task:
     """The task in a folder of our own contract; see `find_task_dir` and `load_task`."""
-    return load_task(find_task_dir(dir))
+    return load_task(find_task_dir(dir), source)
 
 
 def load_module(path: Path) -> ModuleType:
