@@ -250,7 +250,7 @@ def _data(task: Task) -> Iterator[Finding]:
             name="data",
             state=FAIL,
             value=f"not those of dvc.lock: {', '.join(changed)}",
-            help=f"dvc checkout {task.stage('split')}",
+            help=task.restore,
         )
     else:
         yield Finding(

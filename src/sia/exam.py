@@ -211,7 +211,7 @@ def _same_data(info: RunInfo, checked: build.Checked) -> None:
     if info.provenance.get("public_sha256") != tree_sha256(task.public_dir):
         raise TaskError(
             f"The public data of task {info.task!r} are not those of the run: items and labels "
-            f"would not fit together. Restore them: dvc checkout {task.stage('split')}"
+            f"would not fit together. Restore them: {task.restore}"
         )
 
 

@@ -21,6 +21,7 @@ from scipy import sparse
 
 from sia import exam, rundir
 from sia.errors import TaskError
+from sia.provenance import tree_sha256
 from sia.tasks import Task, checks, data, load_task
 from sia.tasks.__main__ import main
 
@@ -379,7 +380,7 @@ def test_a_source_is_fetched_split_and_answered(folder: Path, name: str, tmp_pat
 # --- DVC
 
 
-def test_dvc_makes_a_source_on_demand_and_keeps_its_labels_private(
+def test_dvc_makes_a_source_on_demand_and_puts_it_into_no_store(
     folder: Path, served: Served
 ) -> None:
     root = folder.parents[1]
@@ -400,20 +401,17 @@ def test_dvc_makes_a_source_on_demand_and_keeps_its_labels_private(
     assert task.has_data()
     assert "Running" not in dvc(root, "repro", task.stage("split"))
 
+    # Neither the sources that nobody has made nor this one concern the others.
     dvc(root, "push")
-    secret = (task.labels_dir("test") / "pancreas.held.npz").read_bytes()
-    held = {
-        remote: any(
-            path.read_bytes() == secret
-            for path in (root.parent / "sia-store" / remote).rglob("*")
-            if path.is_file()
-        )
-        for remote in ("public", "private")
-    }
-    assert held == {"public": False, "private": True}
+    (root / "other").unlink()
+    dvc(root, "pull")
+    assert (root / "other").is_file()
+    store = root.parent / "sia-store"
+    assert not [path for path in store.rglob("*") if path.suffix == ".dir"]
+    before = tree_sha256(task.public_dir)
     shutil.rmtree(task.public_dir)
-    dvc(root, "checkout", task.stage("split"))
-    assert task.has_data()
+    dvc(root, "repro", task.stage("split"))
+    assert tree_sha256(task.public_dir) == before
 
 
 def dvc(root: Path, *args: str) -> str:

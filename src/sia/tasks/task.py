@@ -246,6 +246,12 @@ class Task:
             return f"{step}@{self.facts.name}"
         return f"{self.root.parent.name}/{self.root.name}/dvc.yaml:{step}@{self.source}"
 
+    @property
+    def restore(self) -> str:
+        """Command that brings the splits back as DVC has recorded them."""
+        # What is not in DVC's cache is made once more, from the same raw data and seed.
+        return f"dvc {'checkout' if self.source is None else 'repro'} {self.stage('split')}"
+
     def check_needs(self) -> None:
         """Finds out whether the packages that the task needs are installed.
 
