@@ -178,28 +178,8 @@ def test_an_engine_is_asked_and_its_absence_is_an_abstention(
     harness: dict[str, ModuleType], tmp_path: Path
 ) -> None:
     fake = tmp_path / "engine"
-    fake.write_text(
-        f"#!{sys.executable}\n"
-        "import sys\n"
-        "for line in sys.stdin:\n"
-        "    if line.startswith('uci'): print('uciok')\n"
-        "    if line.startswith('isready'): print('readyok')\n"
-        "    if line.startswith('go nodes'):\n"
-        "        print('info depth 1 pv e2e4 e7e5 g1f3 b8c6')\n"
-        "        print('bestmove e2e4 ponder e7e5')\n"
-        "    if line.startswith('go perft'):\n"
-        "        print('e2e4: 1\\n\\nNodes searched: 1')\n"
-        "    if line.startswith('position'): moves = line.split('moves ')[1:]\n"
-        "    if line.startswith('d\\n'):\n"
-        "        n = len(moves[0].split()) if moves else 0\n"
-        "        rows = ['rnbqkbnr/pppppppp/8/8/8/8/PPPPPPPP/RNBQKBNR',\n"
-        "                'rnbqkbnr/pppppppp/8/8/4P3/8/PPPP1PPP/RNBQKBNR',\n"
-        "                'rnbqkbnr/pppp1ppp/8/4p3/4P3/8/PPPP1PPP/RNBQKBNR',\n"
-        "                'rnbqkbnr/pppp1ppp/8/4p3/4P3/5N2/PPPP1PPP/RNBQKB1R']\n"
-        "        print('Fen: ' + rows[n] + ' w KQkq - 0 1\\nCheckers:')\n"
-        "    sys.stdout.flush()\n",
-        encoding="utf-8",
-    )
+    program = (Path(__file__).parents[1] / "uci_stand_in.py").read_text(encoding="utf-8")
+    fake.write_text(f"#!{sys.executable}\n{program}", encoding="utf-8")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     engine = harness["engine"]
     given = {**CONFIG["engine"], "use": True}

@@ -106,6 +106,21 @@ def test_no_sandbox_passes_the_environment_on(
     assert "sk-secret" not in launch.env.values()
 
 
+@pytest.mark.parametrize("kind", [Bwrap, Process])
+def test_folders_of_programs_come_last_on_the_path_and_only_where_they_exist(
+    tmp_path: Path, kind: type[Bwrap | Process]
+) -> None:
+    (tmp_path / "programs").mkdir()
+    folders = (str(tmp_path / "absent"), str(tmp_path / "programs"))
+    launch = launch_and_close(kind(programs=folders), job(tmp_path))
+    line = options(launch)
+    path = launch.env["PATH"] if kind is Process else line.split("--setenv PATH ")[1].split()[0]
+    assert path.endswith(f":/usr/bin:/bin:{tmp_path / 'programs'}")
+    assert str(tmp_path / "absent") not in line
+    if kind is Bwrap:
+        assert f"--ro-bind {tmp_path / 'programs'} {tmp_path / 'programs'}" in line
+
+
 def test_bwrap_shows_nothing_of_the_host_but_what_is_listed(tmp_path: Path) -> None:
     argv = launch_and_close(Bwrap(tmp_mib=5), job(tmp_path)).argv
     assert "--unshare-net" in argv

@@ -3,13 +3,14 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sia.errors import TargetError
 from sia.sandbox.launch import (
     FORWARD,
     POLICY,
+    PROGRAMS,
     environment,
     forwarded,
     limits_argv,
@@ -45,14 +46,16 @@ class Bwrap:
 
     Args:
         tmp_mib: Size of the target's private /tmp, which is held in memory.
+        programs: Folders of programs to be shown besides those of the system, where they exist.
     """
 
     name = "bwrap"
     shields_data = True
     host_runtime = True
 
-    def __init__(self, *, tmp_mib: int = 1024) -> None:
+    def __init__(self, *, tmp_mib: int = 1024, programs: Sequence[str] = PROGRAMS) -> None:
         self._tmp_mib = tmp_mib
+        self._programs = tuple(programs)
         self._own_uid = os.geteuid() == 0
         self._works = False
         self._lock = threading.Lock()
@@ -117,7 +120,7 @@ class Bwrap:
         if (rules := filter_bytes()) is not None:
             fds.append(filter_fd(rules))
             argv += ["--seccomp", str(fds[-1])]
-        for name, value in environment(job, home="/tmp").items():
+        for name, value in environment(job, home="/tmp", programs=self._programs).items():
             argv += ["--setenv", name, value]
         argv += mounts
         argv += [
@@ -158,7 +161,7 @@ class Bwrap:
             *tmpfs, str(self._tmp_mib * 2**20), "--tmpfs", "/tmp",
         ]  # fmt: skip
         shown: list[Path] = []
-        for path in map(Path, SYSTEM):
+        for path in map(Path, (*SYSTEM, *self._programs)):
             if path.is_symlink() and path.parent == Path("/"):
                 argv += ["--symlink", os.readlink(path), str(path)]  # a merged /usr
             elif path.exists():

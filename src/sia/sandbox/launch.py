@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +13,7 @@ from sia.sandbox.protocol import Endpoint, Job, Launch, Limits, Sandbox
 FORWARD = Path(__file__).with_name("forward.py")
 POLICY = "/sia/policy"  # inside a sandbox that has a root of its own
 FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
+PROGRAMS = ("/usr/games",)  # of Debian, beyond /usr/bin: chess engines
 TRIAL_DEADLINE_S = 20
 TRIAL_AGENT = """
 import sys
@@ -20,7 +22,12 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 
 
 def environment(
-    job: Job, *, home: str, port: int = FORWARD_PORT, policy: str = POLICY
+    job: Job,
+    *,
+    home: str,
+    port: int = FORWARD_PORT,
+    policy: str = POLICY,
+    programs: Sequence[str] = (),
 ) -> dict[str, str]:
     """Everything that a program finds in its environment.
 
@@ -29,7 +36,9 @@ def environment(
         home: Its home and its folder for temporary files.
         port: Where its endpoint listens, on its loopback interface.
         policy: Where it finds its policy, if it has one.
+        programs: Folders at the end of its PATH, where they exist.
     """
+    further = "".join(f":{folder}" for folder in programs if Path(folder).is_dir())
     threads = str(job.limits.threads)
     # Which kernels OpenBLAS picks can be corrected by the host; wrong ones give wrong numbers.
     passed_on = {
@@ -45,7 +54,7 @@ def environment(
         "MKL_NUM_THREADS": threads,
         "OMP_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
-        "PATH": f"{job.runtime.python.parent}:/usr/bin:/bin",
+        "PATH": f"{job.runtime.python.parent}:/usr/bin:/bin{further}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
         # What was printed before a deadline must be in the log.

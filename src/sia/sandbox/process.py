@@ -3,10 +3,11 @@
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from sia.errors import TargetError
-from sia.sandbox.launch import environment, limits_argv, program_argv, trial
+from sia.sandbox.launch import PROGRAMS, environment, limits_argv, program_argv, trial
 from sia.sandbox.protocol import Job, Launch
 
 
@@ -15,14 +16,16 @@ class Process:
 
     Args:
         instead_of: Why a stronger sandbox was not taken, for `protects`.
+        programs: Folders at the end of the PATH, where they exist.
     """
 
     name = "process"
     shields_data = False
     host_runtime = True
 
-    def __init__(self, *, instead_of: str = "") -> None:
+    def __init__(self, *, instead_of: str = "", programs: Sequence[str] = PROGRAMS) -> None:
         self._instead_of = instead_of
+        self._programs = tuple(programs)
         self._works = False
         self._lock = threading.Lock()
 
@@ -73,6 +76,7 @@ class Process:
             env=environment(
                 job, home=str(job.work), port=job.endpoint.port if job.endpoint else 0,
                 policy=str(job.policy),
+                programs=self._programs,
             ),
             cwd=job.work,
         )  # fmt: skip
