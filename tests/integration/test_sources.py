@@ -295,7 +295,6 @@ def test_a_file_that_somebody_has_is_taken_from_the_named_place(
     with pytest.raises(TaskError, match="have to be fetched by hand") as raised:
         data.fetch(task)
     assert f"From https://example.org. Put the file at {place}" in str(raised.value)
-    place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(served.folder / "tabula_lung.h5ad", place)
     data.fetch(task)
     assert remains(task) == ["tabula_lung.h5ad", "tabula_lung.h5ad.sha256"]

@@ -146,6 +146,7 @@ def _fetch_file(task: Task, deadline_s: float, console: Console) -> Path:
     """
     source = task.facts.source
     path = task.raw_dir / source.file
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         if source.kind == "by_hand":
             raise TaskError(
@@ -153,9 +154,9 @@ def _fetch_file(task: Task, deadline_s: float, console: Console) -> Path:
                 f"From {source.url}. Put the file at {path} and give the same command again"
             )
         _receive(task, path, deadline_s, console)
-    else:
-        _check_hash(source, _sha256(path), str(path))
-    found = _sha256(path)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    _check_hash(source, found, str(path))
     Path(f"{path}.sha256").write_text(f"{found}  {path.name}\n", encoding="ascii")
     known = "as task.yaml says" if source.sha256 else "task.yaml names none to compare it with"
     console.print(f"{path.name}: sha256 {found} ({known})", highlight=False, soft_wrap=True)
@@ -172,7 +173,6 @@ def _receive(task: Task, path: Path, deadline_s: float, console: Console) -> Non
 
     source = task.facts.source
     help = f"In another way: download it, put it at {path}, and give the same command again."
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     part = Path(name)
     digest, ends, received = hashlib.sha256(), time.monotonic() + deadline_s, 0
@@ -201,7 +201,7 @@ def _receive(task: Task, path: Path, deadline_s: float, console: Console) -> Non
         _check_hash(source, digest.hexdigest(), source.url)
         part.chmod(0o644)
         part.rename(path)
-    except httpx2.HTTPError as error:
+    except (httpx2.HTTPError, OSError) as error:  # the second: the disk is full
         detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TaskError(f"{source.url} could not be fetched: {detail}. {help}") from error
     finally:
@@ -223,11 +223,6 @@ def _check_hash(source: Source, found: str, place: str) -> None:
             f"{place} has sha256 {found}, not {source.sha256} as task.yaml says. "
             "It was not taken. Get the file that the task means, or correct task.yaml."
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(source: Source, folder: Path, named_in: str) -> Path:
