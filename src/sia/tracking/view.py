@@ -48,6 +48,8 @@ MAX_METRICS = 200  # per group of a generation; MLflow takes 1,000 at once
 MAX_NOTE = 2000  # characters
 LOG_TAIL = 64 * 1024  # bytes kept of a candidate's output
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParentView:
