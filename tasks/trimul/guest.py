@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import free_slot, kill_strays, marked
-from sia.sandbox.launch import start
+from sia.sandbox.launch import gpu_devices, start
 from sia.sandbox.protocol import Job, Limits, Sandbox
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +38,6 @@ FILE_MIB = 64
 THREADS = 1
 TICKS = os.sysconf("SC_CLK_TCK")
 GPU_MEMORY_MIB = 2**26  # a card's driver reserves address space far beyond its memory
-GPU_DEVICES = "nvidia*"  # in /dev
 
 Array = NDArray[np.float32]
 
@@ -174,7 +173,7 @@ class Guest:
             slot=self._stack.enter_context(free_slot()),
             marker=self._marker,
             entry="runner.py",
-            devices=tuple(sorted(Path("/dev").glob(GPU_DEVICES))) if gpu else (),
+            devices=gpu_devices() if gpu else (),
         )
         launch = self._sandbox.launch(job)
         errors = self._stack.enter_context((folder / "stderr").open("w+b"))

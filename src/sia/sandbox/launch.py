@@ -21,6 +21,11 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 """
 
 
+def gpu_devices() -> tuple[Path, ...]:
+    """The device files of NVIDIA cards, for `Job.devices`; empty where there is none."""
+    return tuple(sorted(path for path in Path("/dev").glob("nvidia*") if not path.is_dir()))
+
+
 def environment(
     job: Job,
     *,

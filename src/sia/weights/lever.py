@@ -21,6 +21,7 @@ from sia.errors import WeightsError
 from sia.records import Choice, Outcome, Update
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
+from sia.sandbox.launch import gpu_devices
 from sia.sandbox.protocol import Job, Launch, Limits, Runtime, Sandbox
 from sia.sandbox.staging import copy_read_only, hand_over, remove
 from sia.tasks.task import Task
@@ -34,6 +35,7 @@ STAGED = ("base", "code", "data")  # for an update, and removed after it
 LAST_WORDS_S = 30.0  # that an update has to write down what it did, once its time is over
 # Of an update: PyTorch reserves much more address space than it uses.
 LIMITS = Limits(memory_mib=65_536, processes=512, file_mib=8_192, disk_mib=16_384)
+GPU_MEMORY_MIB = 1_048_576  # of address space: CUDA reserves the memory of card and host
 
 
 class NoWeights:
@@ -87,7 +89,9 @@ class Updates:
         self._task = task
         self._policy = dict(policy)
         self._sandbox = sandbox
-        self._limits = replace(LIMITS, threads=threads)
+        self._devices = gpu_devices()
+        memory_mib = GPU_MEMORY_MIB if self._devices else LIMITS.memory_mib
+        self._limits = replace(LIMITS, threads=threads, memory_mib=memory_mib)
         self._cancelled = False
         self._lock = threading.Lock()
         self._active: set[Cancel] = set()
@@ -193,6 +197,7 @@ class Updates:
                 slot=slot,
                 marker=secrets.token_hex(8),
                 entry=INSIDE.name,
+                devices=self._devices,
             )
             launch = self._sandbox.launch(job)
             hand_over(work, launch.owner)

@@ -165,10 +165,15 @@ def check_training_base(name: str) -> None:
         _need(package, "train,local", f"{name!r} is trained with {package}")
 
 
+def is_packed(name: str) -> bool:
+    """Whether a model is in a form that has to be written out before it can be trained."""
+    return name in BUNDLED or name.endswith(".gguf")
+
+
 def _packed(name: str) -> Path | None:
-    """The file of a model in a form that nothing trains from."""
-    path = _bundled(name) if name in BUNDLED else Path(name).expanduser()
-    return path if path.suffix == ".gguf" or path.name == E5_FILE else None
+    if not is_packed(name):
+        return None
+    return _bundled(name) if name in BUNDLED else Path(name).expanduser()
 
 
 def _bundled(name: str) -> Path:

@@ -34,6 +34,7 @@ from sia.provenance import tree_sha256
 from sia.records import to_json
 from sia.rundir import remove_tree, write_atomic
 from sia.seeds import stream_seed
+from sia.weights.models import is_packed, training_base
 from sia.weights.policy import Policy
 from sia.weights.recipes import OnPolicy, Recipe, Sft
 from sia.weights.recipes import recipe as find_recipe
@@ -83,7 +84,8 @@ class Job:
     """What `python -m sia.weights` is told.
 
     Attributes:
-        policy: `kind` (causal_lm or label), `base`, and further arguments of the policy.
+        policy: `kind` (causal_lm or label), `base` (a folder, an id of the model hub, or a name or
+            file of `sia.weights.models`), and further arguments of the policy.
         recipe: `name`, and settings that differ from its defaults.
         out: Folder of the child adapter; must not exist.
         parent: Folder of the parent adapter; None: a fresh one.
@@ -381,12 +383,15 @@ def make_policy(settings: Mapping[str, Any], chosen: Recipe, *, device: str, see
 
     Raises:
         WeightsError: The kind is unknown, or a setting does not fit.
+        ProviderError: The base is not on this machine.
     """
     given = dict(settings)
     kind = str(given.pop("kind", None))
     if kind not in POLICIES:
         raise WeightsError(f"policy.kind={kind!r} is unknown. Kinds: {', '.join(POLICIES)}")
     module, _, name = POLICIES[kind].rpartition(".")
+    if is_packed(str(given.get("base"))):
+        given["base"] = training_base(given["base"])
     try:
         made: Policy = getattr(importlib.import_module(module), name)(
             **given, rank=chosen.rank, alpha=chosen.alpha, dora=chosen.dora,
