@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import free_slot, kill_strays, marked
-from sia.sandbox.launch import gpu_devices, start
+from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices, start
 from sia.sandbox.protocol import Job, Limits, Sandbox
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,6 @@ MEMORY_MIB = 8192
 FILE_MIB = 64
 THREADS = 1
 TICKS = os.sysconf("SC_CLK_TCK")
-GPU_MEMORY_MIB = 2**26  # a card's driver reserves address space far beyond its memory
 
 Array = NDArray[np.float32]
 

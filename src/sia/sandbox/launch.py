@@ -13,6 +13,7 @@ from sia.sandbox.protocol import Endpoint, Job, Launch, Limits, Sandbox
 FORWARD = Path(__file__).with_name("forward.py")
 POLICY = "/sia/policy"  # inside a sandbox that has a root of its own
 FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
+GPU_MEMORY_MIB = 2**26  # of address space: a card's driver reserves far more than its memory
 PROGRAMS = ("/usr/games",)  # of Debian, beyond /usr/bin: chess engines
 TRIAL_DEADLINE_S = 20
 TRIAL_AGENT = """

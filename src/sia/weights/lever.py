@@ -21,7 +21,7 @@ from sia.errors import WeightsError
 from sia.records import Choice, Outcome, Update
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import Cancel, Execution, execute, free_slot
-from sia.sandbox.launch import gpu_devices
+from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices
 from sia.sandbox.protocol import Job, Launch, Limits, Runtime, Sandbox
 from sia.sandbox.staging import copy_read_only, hand_over, remove
 from sia.tasks.task import Task
@@ -35,7 +35,6 @@ STAGED = ("base", "code", "data")  # for an update, and removed after it
 LAST_WORDS_S = 30.0  # that an update has to write down what it did, once its time is over
 # Of an update: PyTorch reserves much more address space than it uses.
 LIMITS = Limits(memory_mib=65_536, processes=512, file_mib=8_192, disk_mib=16_384)
-GPU_MEMORY_MIB = 1_048_576  # of address space: CUDA reserves the memory of card and host
 
 
 class NoWeights:
