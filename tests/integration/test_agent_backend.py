@@ -15,7 +15,7 @@ from rehearsal.stage import REFERENCE, Stage
 
 from sia.errors import BadProposal, BudgetExceeded, MetaBackendError
 from sia.gateway.protocol import Role
-from sia.records import Failure, Lever, Outcome, Proposal
+from sia.records import Choice, Failure, Lever, Outcome, Proposal, Update
 from sia.sandbox import Process
 
 REASONS = {kind: why_not(kind) for kind in ("bwrap", "process")}
@@ -433,6 +433,38 @@ def test_a_decision_is_taken_as_it_was_made(confined: Stage) -> None:
     assert decision.expected_effect == "8"  # where there is little to choose, it is kept short
     assert confined.door.leases == [(Role.FEEDBACK, "g000/decision")]
     assert (confined.run / "gen-000/decision/prompt.md").is_file()
+
+
+MENU = {
+    "levers": (Lever.HARNESS, Lever.WEIGHTS, Lever.STOP),
+    "recipes": (Choice(name="grpo", needs="rewards", when="rollouts are cheap"),),
+    "updates": (Update(candidate="g001-c0", recipe="grpo", problem="the disk is full"),),
+    "references": True,
+}
+TRAINS = (
+    "Path('decision.json').write_text(json.dumps({'lever': 'weights', 'recipe': 'grpo',"
+    " 'hypothesis': 'It cannot count.', 'settings': {'steps': 20}}))"
+)
+
+
+def test_an_agent_may_train_the_policy_and_is_told_how(stage: Stage) -> None:
+    parent = stage.scored()
+    stage.plays(decision=[TRAINS])
+    decision = stage.backend().decide(stage.question(1, parent, **MENU))
+    assert (decision.lever, decision.recipe) == (Lever.WEIGHTS, "grpo")
+    assert decision.settings == {"steps": 20}
+    prompt = (stage.run / "gen-001/decision/prompt.md").read_text()
+    assert "`grpo` (needs rewards): rollouts are cheap" in prompt
+    assert "Training items come\n  with their answers" in prompt
+    assert "Made in g001-c0: `grpo` failed: the disk is full" in prompt
+
+
+def test_a_recipe_that_is_not_on_the_menu_is_no_decision(stage: Stage) -> None:
+    parent = stage.scored()
+    stage.plays(decision=[TRAINS.replace("grpo", "magic")])
+    decision = stage.backend().decide(stage.question(1, parent, **MENU))
+    assert decision.lever is Lever.HARNESS
+    assert "has the recipe 'magic', not one of ['grpo']" in decision.hypothesis
 
 
 def test_an_agent_may_stop_the_run(stage: Stage) -> None:

@@ -14,7 +14,6 @@ import secrets
 import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,9 +28,9 @@ from sia.meta.agents import Agent
 from sia.records import Outcome
 from sia.sandbox.collect import collect_tree
 from sia.sandbox.environments import current_runtime
-from sia.sandbox.execution import Cancel, Execution, execute, free_slot
+from sia.sandbox.execution import Cancel, Cancels, Execution, execute, free_slot
 from sia.sandbox.protocol import Job, Launch, Limits, Runtime, Sandbox
-from sia.sandbox.staging import copy_read_only, hand_over, remove
+from sia.sandbox.staging import copy_read_only, hand_over, remove, write_logs
 
 ENTER = Path(__file__).with_name("enter.py")
 DATA_LINK = "data"  # in the workspace; made by enter.py
@@ -90,9 +89,7 @@ class Sessions:
         self._data = data.resolve()
         self._limits = limits or agent.limits
         self._left_s = left_s
-        self._cancelled = False
-        self._lock = threading.Lock()
-        self._active: set[Cancel] = set()
+        self._cancels = Cancels()
 
     def run(
         self,
@@ -126,25 +123,13 @@ class Sessions:
             TargetError: The sandbox does not work here.
             KeyboardInterrupt: `cancel` was called.
         """
-        cancel = Cancel()
-        with self._lock:
-            if self._cancelled:
-                cancel.set()
-            self._active.add(cancel)
-        try:
-            turns = max_turns or self.agent.max_turns
+        turns = max_turns or self.agent.max_turns
+        with self._cancels.flag() as cancel:
             return self._run(role, scope, prompt, system, workspace, out, wanted, turns, cancel)
-        finally:
-            with self._lock:
-                self._active.discard(cancel)
-                cancel.close()
 
     def cancel(self) -> None:
         """Makes every `run`, in progress or to come, kill its processes and raise."""
-        with self._lock:
-            self._cancelled = True
-            for cancel in self._active:
-                cancel.set()
+        self._cancels.set()
 
     def _run(
         self,
@@ -194,7 +179,17 @@ class Sessions:
                 execution = _execute(launch, job, deadline_s, cancel)
                 refused, answered = lease.refused, lease.answered
             end = _end(execution)
-            _write_logs(out, execution, end, self._sandbox.name)
+            write_logs(
+                out,
+                stdout=execution.stdout.text(),
+                stderr=execution.stderr.text(),
+                usage={
+                    **execution.usage,
+                    "sandbox": self._sandbox.name,
+                    "end": end.end,
+                    "turns": end.turns,
+                },
+            )
             if refused:
                 raise BudgetExceeded(refused)
             if execution.outcome is Outcome.TIMEOUT and deadline_s < self.agent.session_s:
@@ -268,13 +263,6 @@ class _Said(msgspec.Struct):
     end: Literal["done", "turns", "tokens", "error"]
     detail: str = ""
     turns: int = 0
-
-
-def _write_logs(out: Path, execution: Execution, end: SessionEnd, sandbox: str) -> None:
-    usage = {**execution.usage, "sandbox": sandbox, "end": end.end, "turns": end.turns}
-    (out / "stdout.log").write_text(execution.stdout.text(), encoding="utf-8")
-    (out / "stderr.log").write_text(execution.stderr.text(), encoding="utf-8")
-    (out / "usage.json").write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
 
 
 def _take_back(work_fd: int, workspace: Path, wanted: Sequence[str]) -> dict[str, str]:

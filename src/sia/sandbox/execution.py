@@ -9,6 +9,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,37 @@ class Cancel:
     def close(self) -> None:
         """Gives the descriptor back."""
         os.close(self.fd)
+
+
+class Cancels:
+    """The flags of all that is in progress; raised together, and for all that is yet to come."""
+
+    def __init__(self) -> None:
+        self._raised = False
+        self._lock = threading.Lock()
+        self._active: set[Cancel] = set()
+
+    @contextlib.contextmanager
+    def flag(self) -> Iterator[Cancel]:
+        """The flag of one execution, for as long as it lasts."""
+        cancel = Cancel()
+        with self._lock:
+            if self._raised:  # the one who cancels cannot know who is about to begin
+                cancel.set()
+            self._active.add(cancel)
+        try:
+            yield cancel
+        finally:
+            with self._lock:
+                self._active.discard(cancel)
+                cancel.close()
+
+    def set(self) -> None:
+        """Raises all flags for good."""
+        with self._lock:
+            self._raised = True
+            for cancel in self._active:
+                cancel.set()
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """What is put in front of a sandboxed program, and cleared away after it."""
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from sia.errors import TargetError
@@ -39,6 +41,13 @@ def hand_over(work: Path, owner: int | None, *, executable: Path | None = None) 
             if owner is not None:
                 os.chown(path, owner, owner)
             os.utime(path, (STAGED_AT, STAGED_AT))
+
+
+def write_logs(out: Path, *, stdout: str, stderr: str, usage: Mapping[str, object]) -> None:
+    """Writes what a program printed and used: `stdout.log`, `stderr.log`, `usage.json`."""
+    (out / "stdout.log").write_text(stdout, encoding="utf-8")
+    (out / "stderr.log").write_text(stderr, encoding="utf-8")
+    (out / "usage.json").write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
 
 
 def remove(path: Path) -> None:

@@ -2,11 +2,9 @@
 
 import contextlib
 import errno
-import json
 import os
 import secrets
 import shutil
-import threading
 from pathlib import Path
 
 from sia.errors import BudgetExceeded, TargetError
@@ -23,9 +21,9 @@ from sia.sandbox.collect import (
     collect_tree,
 )
 from sia.sandbox.environments import BuildFailed, Environments, current_runtime, holds
-from sia.sandbox.execution import Cancel, Execution, execute, free_slot
+from sia.sandbox.execution import Cancel, Cancels, Execution, execute, free_slot
 from sia.sandbox.protocol import Job, Limits, Sandbox
-from sia.sandbox.staging import copy_read_only, remove
+from sia.sandbox.staging import copy_read_only, remove, write_logs
 from sia.tasks.task import Task
 
 MAX_TREE_FILES = 5_000  # of a submission that is the whole folder
@@ -66,9 +64,7 @@ class HarnessRunner:
         self._data = (data or task.public_dir).resolve()
         self._gateway = gateway
         self._data_checked = False
-        self._cancelled = False
-        self._lock = threading.Lock()
-        self._active: set[Cancel] = set()
+        self._cancels = Cancels()
 
     def check(self) -> None:
         """Whether attempts can be started at all. `run` asks too; cheap after the first success.
@@ -98,12 +94,7 @@ class HarnessRunner:
         policy: Path | None = None,
     ) -> Attempt:
         """Executes one candidate; the contract is that of `sia.target.protocol.Target`."""
-        cancel = Cancel()
-        with self._lock:
-            if self._cancelled:  # the one who cancels cannot know who is about to begin
-                cancel.set()
-            self._active.add(cancel)
-        try:
+        with self._cancels.flag() as cancel:
             self.check()
             attempt = self._run(
                 candidate, harness.resolve(), out.resolve(), deadline_s, cancel, policy
@@ -111,17 +102,10 @@ class HarnessRunner:
             if attempt.outcome is not Outcome.OK:
                 _refuse_full_disk(out)
             return attempt
-        finally:
-            with self._lock:
-                self._active.discard(cancel)
-                cancel.close()
 
     def cancel(self) -> None:
         """Makes every `run`, in progress or to come, raise KeyboardInterrupt."""
-        with self._lock:
-            self._cancelled = True
-            for cancel in self._active:
-                cancel.set()
+        self._cancels.set()
 
     def _run(
         self,
@@ -142,7 +126,7 @@ class HarnessRunner:
                 if name := holds(runtime, self._sources):
                     raise BuildFailed(f"requirements.txt brings {name!r}, which holds the answers")
             except BuildFailed as failure:
-                _write_logs(out, stdout="", stderr=failure.log, usage={})
+                write_logs(out, stdout="", stderr=failure.log, usage={})
                 return Attempt(candidate=candidate, outcome=Outcome.CRASHED, reason=str(failure))
         work = out / "work"
         work.mkdir(mode=0o700)
@@ -168,7 +152,7 @@ class HarnessRunner:
                 launch = self._sandbox.launch(job)
                 execution = execute(launch, job, deadline_s=deadline_s, cancel=cancel)
                 refused = lease.refused if lease else ""
-            _write_logs(
+            write_logs(
                 out,
                 stdout=execution.stdout.text(),
                 stderr=execution.stderr.text(),
@@ -219,12 +203,6 @@ class HarnessRunner:
 
 def _is_trajectory(path: str) -> bool:
     return path.partition("/")[0] in (TRAJECTORY, TRAJECTORIES, "__pycache__")
-
-
-def _write_logs(out: Path, *, stdout: str, stderr: str, usage: dict[str, object]) -> None:
-    (out / "stdout.log").write_text(stdout, encoding="utf-8")
-    (out / "stderr.log").write_text(stderr, encoding="utf-8")
-    (out / "usage.json").write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
 
 
 def _refuse_full_disk(out: Path) -> None:

@@ -9,9 +9,7 @@ import json
 import os
 import secrets
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import sia
 from sia.errors import WeightsError
 from sia.records import Choice, Outcome, Update
 from sia.sandbox.environments import current_runtime
-from sia.sandbox.execution import Cancel, Execution, execute, free_slot
+from sia.sandbox.execution import Cancel, Cancels, Execution, execute, free_slot
 from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices
-from sia.sandbox.protocol import Job, Launch, Limits, Runtime, Sandbox
-from sia.sandbox.staging import copy_read_only, hand_over, remove
+from sia.sandbox.protocol import Job, Limits, Runtime, Sandbox
+from sia.sandbox.staging import copy_read_only, hand_over, remove, write_logs
 from sia.tasks.task import Task
 from sia.weights.recipes import RECIPES, Recipe
 from sia.weights.recipes import recipe as find_recipe
@@ -91,9 +89,7 @@ class Updates:
         self._devices = gpu_devices()
         memory_mib = GPU_MEMORY_MIB if self._devices else LIMITS.memory_mib
         self._limits = replace(LIMITS, threads=threads, memory_mib=memory_mib)
-        self._cancelled = False
-        self._lock = threading.Lock()
-        self._active: set[Cancel] = set()
+        self._cancels = Cancels()
 
     @property
     def menu(self) -> Sequence[Choice]:
@@ -126,18 +122,9 @@ class Updates:
             chosen = find_recipe({**vars(self._recipes[recipe]), **settings})
         except WeightsError as error:
             return Update(candidate=candidate, recipe=recipe, problem=str(error))
-        cancel = Cancel()
-        with self._lock:
-            if self._cancelled:
-                cancel.set()
-            self._active.add(cancel)
-        try:
+        with self._cancels.flag() as cancel:
             remove(out)
             execution = self._run(chosen, parent or self._first, out, seed, deadline_s, cancel)
-        finally:
-            with self._lock:
-                self._active.discard(cancel)
-                cancel.close()
         lines = execution.stdout.text().strip().splitlines()
         if execution.outcome is not Outcome.OK or not out.is_dir():
             problem = execution.reason or "the update left nothing"
@@ -146,10 +133,7 @@ class Updates:
 
     def cancel(self) -> None:
         """Makes every `update`, in progress or to come, kill its processes and raise."""
-        with self._lock:
-            self._cancelled = True
-            for cancel in self._active:
-                cancel.set()
+        self._cancels.set()
 
     def _run(
         self,
@@ -200,9 +184,13 @@ class Updates:
             )
             launch = self._sandbox.launch(job)
             hand_over(work, launch.owner)
-            execution = _execute(launch, job, deadline_s + LAST_WORDS_S, cancel)
-        (place / "stdout.log").write_text(execution.stdout.text(), encoding="utf-8")
-        (place / "stderr.log").write_text(execution.stderr.text(), encoding="utf-8")
+            execution = execute(launch, job, deadline_s=deadline_s + LAST_WORDS_S, cancel=cancel)
+        write_logs(
+            place,
+            stdout=execution.stdout.text(),
+            stderr=execution.stderr.text(),
+            usage={**execution.usage, "sandbox": self._sandbox.name},
+        )
         if execution.outcome is Outcome.OK and (work / POLICY).is_dir():
             hand_over(work, os.geteuid() if launch.owner is not None else None)
             os.replace(work / POLICY, out)
@@ -224,14 +212,3 @@ def _with(runtime: Runtime, folders: Sequence[Path]) -> Runtime:
         if not any(root == path or root in path.parents for root in roots):
             roots.append(path)
     return replace(runtime, roots=tuple(roots))
-
-
-def _execute(launch: Launch, job: Job, deadline_s: float, cancel: Cancel) -> Execution:
-    """`execute` in a thread of its own: an interrupt of the main thread cannot tear it apart."""
-    with ThreadPoolExecutor(1, thread_name_prefix="update") as pool:
-        future = pool.submit(execute, launch, job, deadline_s=deadline_s, cancel=cancel)
-        try:
-            return future.result()
-        except BaseException:  # and leave when everything in the sandbox is dead
-            cancel.set()
-            raise

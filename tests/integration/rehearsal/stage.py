@@ -72,7 +72,7 @@ class Door:
     leases: list[tuple[Role, str]] = field(default_factory=list)
 
     @contextmanager
-    def lease(self, role: Role, scope: str) -> Iterator[Lease]:
+    def lease(self, role: Role, scope: str, *, policy: Path | None = None) -> Iterator[Lease]:
         self.leases.append((role, scope))
         path = self.folder / "gateway.sock"
         with socket.socket(socket.AF_UNIX) as listener:
@@ -183,6 +183,9 @@ class Stage:
             "folder": self.run / f"gen-{generation:03}" / "decision",
             "history": tuple(self.history),
             "levers": (Lever.HARNESS, Lever.STOP),
+            "recipes": (),
+            "updates": (),
+            "references": False,
             "state": self.run / "meta",
             "metric": self.task.metric,
             "seed": 0,
