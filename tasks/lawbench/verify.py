@@ -1,11 +1,11 @@
 """Score one submission of `lawbench` against one split's labels."""
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sia.tasks.scoring import mean, recall_by, sort_rows
 from sia.tasks.tables import read_submission, read_table
 
 HEADERS = (["id", "label"], ["id", "label", "alternatives"])
@@ -36,27 +36,22 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
     """
     truth = {row["id"]: row for row in read_table(labels_dir / "labels.csv")}
     labels = set(json.loads((labels_dir / "labels.json").read_text(encoding="utf-8")))
-    rows: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for row in read_submission(submission_dir, *HEADERS):
-        if row["id"] in truth:
-            rows[row["id"]].append(row)
-
-    answers: dict[str, str] = {}
+    found = sort_rows(
+        read_submission(submission_dir, *HEADERS),
+        truth,
+        id="id",
+        answer="label",
+        readable=lambda row: row["label"] in labels,
+    )
+    answers = {item: row["label"] for item, row in found.answered.items()}
     in_top: dict[str, bool] = {}
-    faults: Counter[str] = Counter()
-    for item, true in truth.items():
-        fault = _fault(rows[item], labels)
-        if fault:
-            faults[fault] += 1
-            continue
-        answer = rows[item][0]["label"]
-        answers[item] = answer
-        others = [a for a in rows[item][0]["alternatives"].split("|") if a and a != answer]
-        in_top[item] = true["label"] in [answer, *others][:TOP_K]
+    for item, row in found.answered.items():
+        others = [a for a in row["alternatives"].split("|") if a and a != row["label"]]
+        in_top[item] = truth[item]["label"] in [row["label"], *others][:TOP_K]
 
     items = {item: float(answers.get(item) == true["label"]) for item, true in truth.items()}
-    score = _mean(items.values())
-    recall = _recall(items, truth)
+    score = mean(items.values())
+    recall = recall_by(items, truth, "label")
     errors = [(truth[i]["label"], answers[i]) for i in answers if not items[i]]
     return {
         "score": score,
@@ -64,18 +59,18 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         "n_answered": len(answers),
         "metrics": {
             "accuracy": score,
-            "macro_recall": _mean(r["recall"] for r in recall.values()),
-            "top5": _mean(float(in_top.get(item, False)) for item in items),
-            "accuracy_unseen_text": _mean(
+            "macro_recall": mean(r["recall"] for r in recall.values()),
+            "top5": mean(float(in_top.get(item, False)) for item in items),
+            "accuracy_unseen_text": mean(
                 hit for item, hit in items.items() if truth[item]["in_train"] == "0"
             ),
-            "n_duplicated": float(faults["duplicated"]),
-            "n_unknown_label": float(faults["unknown_label"]),
-            "n_missing": float(faults["missing"]),
+            "n_duplicated": float(found.duplicated),
+            "n_unknown_label": float(found.unreadable),
+            "n_missing": float(found.missing),
         },
         "symptoms": {
             "abstained_share": 1 - len(answers) / len(items),
-            "in_top5_share": _mean(
+            "in_top5_share": mean(
                 float(in_top.get(item, False) and not hit) for item, hit in items.items()
             ),
             "confused_pair_share": _confused_pair_share(errors),
@@ -91,23 +86,6 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             ],
         },
     }
-
-
-def _fault(rows: list[dict[str, str]], labels: set[str]) -> str | None:
-    if len(rows) > 1:
-        return "duplicated"
-    if not rows or not rows[0]["label"]:
-        return "missing"
-    return None if rows[0]["label"] in labels else "unknown_label"
-
-
-def _recall(
-    items: dict[str, float], truth: dict[str, dict[str, str]]
-) -> dict[str, dict[str, float]]:
-    hits: dict[str, list[float]] = defaultdict(list)
-    for item, hit in items.items():
-        hits[truth[item]["label"]].append(hit)
-    return {label: {"n": len(hits[label]), "recall": _mean(hits[label])} for label in sorted(hits)}
 
 
 def _confused_pair_share(errors: list[tuple[str, str]]) -> float:
@@ -130,14 +108,9 @@ def _gap(
     if not above or not rest:
         return 0.0
     easy, hard = (rest, above) if more_is_harder else (above, rest)
-    return _mean(easy) - _mean(hard)
+    return mean(easy) - mean(hard)
 
 
 def _most_common(counts: Counter[tuple[str, str]]) -> list[tuple[tuple[str, str], int]]:
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     return ordered[:N_CONFUSED_PAIRS]
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0

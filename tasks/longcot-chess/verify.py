@@ -1,11 +1,10 @@
 """Score one submission of `longcot-chess` against one split's labels."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sia.tasks.scoring import mean, sort_rows
 from sia.tasks.tables import read_submission, read_table
 
 HEADER = ["id", "answer"]
@@ -33,23 +32,16 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         ValueError: submission.csv is missing, is not UTF-8 or has another header.
     """
     truth = {row["id"]: row for row in read_table(labels_dir / "labels.csv")}
-    given: dict[str, list[str]] = defaultdict(list)
-    for row in read_submission(submission_dir, HEADER):
-        if row["id"] in truth:
-            given[row["id"]].append(row["answer"])
-
-    answers: dict[str, int | list[str]] = {}
-    faults: Counter[str] = Counter()
-    for item, row in truth.items():
-        if len(given[item]) > 1:
-            faults["duplicated"] += 1
-        elif not given[item] or not given[item][0]:
-            faults["missing"] += 1
-        elif (answer := parse(given[item][0], row["kind"])) is None:
-            faults["unreadable"] += 1
-        else:
-            answers[item] = answer
-
+    found = sort_rows(
+        read_submission(submission_dir, HEADER),
+        truth,
+        id="id",
+        answer="answer",
+        readable=lambda row: parse(row["answer"], truth[row["id"]]["kind"]) is not None,
+    )
+    answers = {
+        item: parse(row["answer"], truth[item]["kind"]) for item, row in found.answered.items()
+    }
     expected = {item: parse(row["label"], row["kind"]) for item, row in truth.items()}
     items = {item: float(answers.get(item) == expected[item]) for item in truth}
     by_kind = {
@@ -63,10 +55,10 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         if item in answers
     ]
     recall = {
-        kind: {"n": len(own), "recall": _mean(items[item] for item in own)}
+        kind: {"n": len(own), "recall": mean(items[item] for item in own)}
         for kind, own in by_kind.items()
     }
-    score = _mean(items.values())
+    score = mean(items.values())
     return {
         "score": score,
         "n_items": len(items),
@@ -75,19 +67,19 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
             "accuracy": score,
             "accuracy_knight": recall["knight"]["recall"],
             "accuracy_moves": recall["moves"]["recall"],
-            "n_duplicated": float(faults["duplicated"]),
-            "n_unreadable": float(faults["unreadable"]),
-            "n_missing": float(faults["missing"]),
+            "n_duplicated": float(found.duplicated),
+            "n_unreadable": float(found.unreadable),
+            "n_missing": float(found.missing),
         },
         "symptoms": {
             "abstained_share": 1 - len(answers) / len(items),
-            "too_long_share": _mean(float(e > 0) for e in excess),
-            "too_short_share": _mean(float(e < 0) for e in excess),
-            "mean_excess": _mean(float(e) for e in excess),
+            "too_long_share": mean(float(e > 0) for e in excess),
+            "too_short_share": mean(float(e < 0) for e in excess),
+            "mean_excess": mean(float(e) for e in excess),
             "moves_missed_share": 1 - recall["moves"]["recall"] if by_kind["moves"] else 0.0,
         },
         "items": items,
-        "answers": {item: given[item][0] for item in answers},
+        "answers": {item: row["answer"] for item, row in found.answered.items()},
         "breakdown": {"recall": recall},
     }
 
@@ -98,8 +90,3 @@ def parse(text: str, kind: str) -> int | list[str] | None:
         return int(text) if _NUMBER.fullmatch(text) else None
     moves = text.split()
     return moves if len(moves) == N_MOVES else None
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0

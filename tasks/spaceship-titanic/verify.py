@@ -1,10 +1,10 @@
 """Score one submission of `spaceship-titanic` against one split's labels."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sia.tasks.scoring import mean, recall_by, sort_rows
 from sia.tasks.tables import read_submission, read_table
 
 HEADER = ["PassengerId", "Transported"]
@@ -30,42 +30,34 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         ValueError: submission.csv is missing, is not UTF-8 or has another header.
     """
     truth = {row["id"]: row for row in read_table(labels_dir / "labels.csv")}
-    given: dict[str, list[str]] = defaultdict(list)
-    for row in read_submission(submission_dir, HEADER):
-        if row["PassengerId"] in truth:
-            given[row["PassengerId"]].append(row["Transported"])
-
-    answers: dict[str, str] = {}
-    faults: Counter[str] = Counter()
-    for item in truth:
-        if len(given[item]) > 1:
-            faults["duplicated"] += 1
-        elif not given[item] or not given[item][0]:
-            faults["missing"] += 1
-        elif given[item][0] not in ANSWERS:
-            faults["unknown_answer"] += 1
-        else:
-            answers[item] = given[item][0]
+    found = sort_rows(
+        read_submission(submission_dir, HEADER),
+        truth,
+        id="PassengerId",
+        answer="Transported",
+        readable=lambda row: row["Transported"] in ANSWERS,
+    )
+    answers = {item: row["Transported"] for item, row in found.answered.items()}
 
     items = {item: float(answers.get(item) == row["label"]) for item, row in truth.items()}
-    score = _mean(items.values())
-    recall = _by(items, truth, "label")
-    asleep = _by(items, truth, "asleep")
+    score = mean(items.values())
+    recall = recall_by(items, truth, "label")
+    asleep = recall_by(items, truth, "asleep")
     errors = Counter((truth[i]["label"], answers[i]) for i in sorted(answers) if not items[i])
-    alone = _mean(hit for item, hit in items.items() if truth[item]["group_size"] == "1")
-    together = _mean(hit for item, hit in items.items() if truth[item]["group_size"] != "1")
+    alone = mean(hit for item, hit in items.items() if truth[item]["group_size"] == "1")
+    together = mean(hit for item, hit in items.items() if truth[item]["group_size"] != "1")
     return {
         "score": score,
         "n_items": len(items),
         "n_answered": len(answers),
         "metrics": {
             "accuracy": score,
-            "accuracy_new_group": _mean(
+            "accuracy_new_group": mean(
                 hit for item, hit in items.items() if truth[item]["group_in_train"] == "0"
             ),
-            "n_duplicated": float(faults["duplicated"]),
-            "n_unknown_answer": float(faults["unknown_answer"]),
-            "n_missing": float(faults["missing"]),
+            "n_duplicated": float(found.duplicated),
+            "n_unknown_answer": float(found.unreadable),
+            "n_missing": float(found.missing),
         },
         "symptoms": {
             "abstained_share": 1 - len(answers) / len(items),
@@ -80,22 +72,7 @@ def verify(submission_dir: Path, labels_dir: Path) -> dict[str, Any]:
         "breakdown": {
             "recall": recall,
             "asleep": asleep,
-            "planet": _by(items, truth, "planet"),
+            "planet": recall_by(items, truth, "planet"),
             "confusions": [[true, answer, count] for (true, answer), count in errors.most_common()],
         },
     }
-
-
-def _by(
-    items: dict[str, float], truth: dict[str, dict[str, str]], column: str
-) -> dict[str, dict[str, float]]:
-    """Share of right answers for each value of a column."""
-    hits: dict[str, list[float]] = defaultdict(list)
-    for item, hit in items.items():
-        hits[truth[item][column]].append(hit)
-    return {value: {"n": len(hits[value]), "recall": _mean(hits[value])} for value in sorted(hits)}
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
