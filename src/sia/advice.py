@@ -38,7 +38,9 @@ def explain(argv: Sequence[str], error: Exception) -> str:
     GlobalHydra.instance().clear()
     with initialize_config_module("sia.conf", version_base="1.3"):
         found = list(_faults(texts, folder))
-    return "\n".join(found) if found else f"{_first_line(error)} {HELP}"
+    if found:
+        return "\n".join(found)
+    return _missing(error) or f"{_first_line(error)} {HELP}"
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], str | None]:
@@ -165,8 +167,18 @@ def _is_open(whole: DictConfig, name: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     """The telling line of a Hydra or OmegaConf error; its cause where that says more."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if missing := re.search(r"Missing mandatory value: (\S+)", str(cause)):
-        return f"{missing[1]} has no value. Give it one: {missing[1]}=..."
+    if missing := _missing(error):
+        return missing
+    cause = _cause(error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[0] if lines else type(cause).__name__
+
+
+def _missing(error: Exception) -> str:
+    """Which value was not given; empty where that is not the matter."""
+    name = re.search(r"Missing mandatory value: (\S+)", str(_cause(error)))
+    return f"{name[1]} has no value. Give it one: {name[1]}=..." if name else ""
+
+
+def _cause(error: Exception) -> BaseException:
+    return error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error

@@ -107,6 +107,8 @@ def test_every_group_is_documented_in_the_help() -> None:
         (["generatons=3"], "There is no key 'generatons'. Did you mean 'generations'?"),
         (["search.candidate=3"], "Did you mean 'search.candidates'?"),
         (["candidates=3"], "Did you mean 'search.candidates'?"),
+        (["weights=auto", "weights.recipes.sft.lr=1"], "To add it: '+weights.recipes.sft.lr=1'"),
+        (["task=folder", "task.dir=x", "sead=3"], "There is no key 'sead'. Did you mean 'seed'?"),
         (["sandbox.limits.memory_mb=3"], "Did you mean 'sandbox.limits.memory_mib'?"),
         (["tsk=toy"], "There is no key 'tsk'. Did you mean 'task'?"),
         (["debug=fst"], "Did you mean 'fast'?"),
