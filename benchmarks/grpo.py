@@ -23,7 +23,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +169,17 @@ def make_base(folder: Path, case: Case) -> int:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.inner,
-            num_hidden_layers=case.layers, num_attention_heads=case.heads,
-            num_key_value_heads=case.kv_heads, max_position_embeddings=1024, pad_token_id=0,
-            bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+            vocab_size=case.vocabulary,
+            hidden_size=case.width,
+            intermediate_size=case.inner,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.heads,
+            num_key_value_heads=case.kv_heads,
+            max_position_embeddings=1024,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            tie_word_embeddings=True,
         )  # fmt: skip
     )
     model.generation_config.eos_token_id = case.vocabulary

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sia.errors import WeightsError
+from sia.weights.cache import grouped, sampling_cache, shared_cache
 from sia.weights.memory import halving
 from sia.weights.policy import Sampled, Scores, Tokens
 
@@ -47,6 +48,25 @@ class _Generated:
     answers_BT: Tensor
     logprobs_BT: Tensor
     mask_BT: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What the model says before some tokens of the answers: logits, and states if wanted."""
+
+    logits_BTV: Tensor
+    hidden_BTD: Tensor | None
+
+    @classmethod
+    def of(cls, out: Any, where: slice, hidden: bool) -> _Pass:
+        """From some places of a model's output."""
+        states_BTD = out.hidden_states[-1][:, where] if hidden else None
+        return cls(logits_BTV=out.logits[:, where], hidden_BTD=states_BTD)
+
+    def rows(self, index: Tensor) -> _Pass:
+        """One row for each index."""
+        hidden_BTD = None if self.hidden_BTD is None else self.hidden_BTD.index_select(0, index)
+        return _Pass(logits_BTV=self.logits_BTV.index_select(0, index), hidden_BTD=hidden_BTD)
 
 
 class CausalLM:
@@ -249,8 +269,6 @@ class CausalLM:
         generator: torch.Generator,
     ) -> _Generated:
         """Answers to some prompts."""
-        from transformers import DynamicCache
-
         model = self._peft.get_base_model()
         N, limit = prompts_NP.shape[0], self.max_answer_tokens
         B = N * group
@@ -258,39 +276,43 @@ class CausalLM:
         logprobs_BT = torch.zeros(B, limit, device=self.device)
         mask_BT = torch.zeros(B, limit, device=self.device)
         ends = torch.tensor(self._ends, device=self.device)
-        cache = DynamicCache(config=model.config)
-        out = self._read(
-            model, prompts_NP, prompt_mask_NP, _positions(prompt_mask_NP), 1,
-            cache=cache, use_cache=True,
-        )  # fmt: skip
-        cache.batch_repeat_interleave(group)
-        logits_AV = out.logits[:, -1].repeat_interleave(group, 0)
-        seen_AL = prompt_mask_NP.repeat_interleave(group, 0)
         rows_A = torch.arange(B, device=self.device)  # A answers are still being written
         alive_A = torch.ones(B, dtype=torch.bool, device=self.device)
-        for t in range(limit):
-            logp_AV = (logits_AV.float() / temperature).log_softmax(-1)
-            next_A = torch.multinomial(logp_AV.exp(), 1, generator=generator).squeeze(1)
-            next_A = torch.where(alive_A, next_A, self._pad)
-            answers_BT[rows_A, t] = next_A
-            logprobs_BT[rows_A, t] = torch.where(
-                alive_A, logp_AV.gather(1, next_A[:, None]).squeeze(1), 0.0
-            )
-            mask_BT[rows_A, t] = alive_A.float()
-            alive_A = alive_A & ~torch.isin(next_A, ends)
-            left = int(alive_A.sum())
-            if left == 0 or t + 1 == limit:
-                break
-            if left <= len(rows_A) // 2:
-                cache.batch_select_indices(alive_A.nonzero().flatten())
-                rows_A, next_A, seen_AL = rows_A[alive_A], next_A[alive_A], seen_AL[alive_A]
-                alive_A = alive_A[alive_A]
-            seen_AL = torch.cat([seen_AL, seen_AL.new_ones(len(rows_A), 1)], 1)
+        with sampling_cache(model, prompt_mask_NP) as cache:
             out = self._read(
-                model, next_A[:, None], seen_AL, seen_AL.sum(1, keepdim=True) - 1, 1,
+                model, prompts_NP, prompt_mask_NP, _positions(prompt_mask_NP), 1,
                 cache=cache, use_cache=True,
             )  # fmt: skip
-            logits_AV = out.logits[:, -1]
+            cache.batch_repeat_interleave(group)
+            logits_AV = out.logits[:, -1].repeat_interleave(group, 0)
+            seen_AL = prompt_mask_NP.repeat_interleave(group, 0)
+            positions_A1 = seen_AL.sum(1, keepdim=True)
+            masked = not (grouped(cache) and "position_ids" in self._accepts)
+            for t in range(limit):
+                logp_AV = _cooled(logits_AV, temperature).log_softmax(-1)
+                next_A = _drawn(logp_AV, generator)
+                next_A = torch.where(alive_A, next_A, self._pad)
+                answers_BT[rows_A, t] = next_A
+                logprobs_BT[rows_A, t] = torch.where(
+                    alive_A, logp_AV.gather(1, next_A[:, None]).squeeze(1), 0.0
+                )
+                mask_BT[rows_A, t] = alive_A.float()
+                alive_A = alive_A & ~torch.isin(next_A, ends)
+                left = int(alive_A.sum())
+                if left == 0 or t + 1 == limit:
+                    break
+                if left <= len(rows_A) // 2:
+                    cache.batch_select_indices(alive_A.nonzero().flatten())
+                    rows_A, next_A, seen_AL = rows_A[alive_A], next_A[alive_A], seen_AL[alive_A]
+                    positions_A1, alive_A = positions_A1[alive_A], alive_A[alive_A]
+                if masked:
+                    seen_AL = torch.cat([seen_AL, seen_AL.new_ones(len(rows_A), 1)], 1)
+                out = self._read(
+                    model, next_A[:, None], seen_AL if masked else None, positions_A1, 1,
+                    cache=cache, use_cache=True,
+                )  # fmt: skip
+                positions_A1 = positions_A1 + 1
+                logits_AV = out.logits[:, -1]
         longest = int(mask_BT.sum(1).max())
         return _Generated(
             answers_BT=answers_BT[:, :longest],
@@ -309,7 +331,10 @@ class CausalLM:
         entropy: bool = False,
         values: bool = False,
     ) -> Scores:
-        """Scores of given answers; padding that all of them share costs nothing."""
+        """Scores of given answers; padding that all of them share costs nothing.
+
+        A prompt whose answers stand side by side is read once, and its gradient is theirs.
+        """
         B, T = tokens.mask_BT.shape
         lengths_B = tokens.mask_BT.sum(1)
         longest = max(int(lengths_B.max()), 1) if B else 1
@@ -317,34 +342,68 @@ class CausalLM:
         start = int(prompt_mask_BP.any(0).int().argmax()) if B else 0
         mask_BT = tokens.mask_BT[:, :longest]
         answers_BT = tokens.inputs["answers"][:, :longest]
-        ids_BL = torch.cat([tokens.inputs["prompts"][:, start:], answers_BT], 1)
-        seen_BL = torch.cat([prompt_mask_BP[:, start:], mask_BT.to(prompt_mask_BP.dtype)], 1)
         adapter = self._peft.disable_adapter() if base else contextlib.nullcontext()
         if self._checkpoint:
             self._peft.train(torch.is_grad_enabled())
         with adapter, self._precision():
-            out = self._read(
-                self._peft, ids_BL, seen_BL, _positions(seen_BL), longest + 1,
-                use_cache=False, output_hidden_states=values,
+            passes = self._passes(
+                tokens.inputs["prompts"][:, start:], prompt_mask_BP[:, start:], answers_BT,
+                mask_BT.to(prompt_mask_BP.dtype), values,
             )  # fmt: skip
-        logits_BTV = out.logits[:, -longest - 1 : -1]
-        logprobs_BT = chosen_logprobs(logits_BTV, answers_BT, temperature) * mask_BT
-        entropy_BT = values_BT = None
-        if entropy:
-            entropy_BT = _widened(_entropy(logits_BTV, temperature) * mask_BT, T)
-        if values:
-            assert self._value_head is not None
-            hidden_BTD = out.hidden_states[-1][:, -longest - 1 : -1].float()
-            values_BT = _widened(self._value_head(hidden_BTD).squeeze(-1) * mask_BT, T)
-        return Scores(
-            logprobs_BT=_widened(logprobs_BT, T), entropy_BT=entropy_BT, values_BT=values_BT
-        )
+        found: dict[str, list[Tensor]] = {"logprobs_BT": [], "entropy_BT": [], "values_BT": []}
+        for one in passes:
+            ids_BT, answers_BT = answers_BT.tensor_split([one.logits_BTV.shape[1]], 1)
+            found["logprobs_BT"].append(chosen_logprobs(one.logits_BTV, ids_BT, temperature))
+            if entropy:
+                found["entropy_BT"].append(_entropy(one.logits_BTV, temperature))
+            if values:
+                assert self._value_head is not None
+                assert one.hidden_BTD is not None
+                found["values_BT"].append(self._value_head(one.hidden_BTD.float()).squeeze(-1))
+        joined = {
+            name: _widened(torch.cat(parts, 1) * mask_BT, T)
+            for name, parts in found.items() if parts
+        }  # fmt: skip
+        return Scores(**joined)
+
+    def _passes(
+        self, prompts_BP: Tensor, prompt_mask_BP: Tensor, answers_BT: Tensor, mask_BT: Tensor,
+        hidden: bool,
+    ) -> list[_Pass]:  # fmt: skip
+        """What the model says before each token of the answers, in the order of the tokens."""
+        B, T = answers_BT.shape
+        seen_BL = torch.cat([prompt_mask_BP, mask_BT], 1)
+        positions_BL = _positions(seen_BL)
+        first_N, prompt_B = _neighbours(prompts_BP, prompt_mask_BP)
+        cache = None
+        if 2 * len(first_N) <= B and not self._checkpoint:
+            cache = shared_cache(self._peft.get_base_model().config)
+        if cache is None:
+            out = self._read(
+                self._peft, torch.cat([prompts_BP, answers_BT], 1), seen_BL, positions_BL, T + 1,
+                use_cache=False, output_hidden_states=hidden,
+            )  # fmt: skip
+            return [_Pass.of(out, slice(-T - 1, -1), hidden)]
+        out = self._read(
+            self._peft, prompts_BP[first_N], prompt_mask_BP[first_N],
+            _positions(prompt_mask_BP[first_N]), 1,
+            cache=cache, use_cache=True, output_hidden_states=hidden,
+        )  # fmt: skip
+        passes = [_Pass.of(out, slice(-1, None), hidden).rows(prompt_B)]
+        if T > 1:
+            cache.reorder_cache(cast(Any, prompt_B))
+            out = self._read(
+                self._peft, answers_BT[:, :-1], seen_BL[:, :-1], positions_BL[:, -T:-1], T - 1,
+                cache=cache, use_cache=True, output_hidden_states=hidden,
+            )  # fmt: skip
+            passes.append(_Pass.of(out, slice(-T + 1, None), hidden))
+        return passes
 
     def _read(
         self,
         model: Any,
         ids_BL: Tensor,
-        seen_BL: Tensor,
+        seen_BL: Tensor | None,
         positions_BL: Tensor,
         keep: int,
         **options: Any,
@@ -416,6 +475,9 @@ class CausalLM:
     def _adapted(self, model: Any, config: Any) -> Any:
         from peft import get_peft_model
 
+        from sia.weights.lora import LoraLinear
+
+        config._register_custom_module({nn.Linear: LoraLinear})
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Of models whose linear layers are stored transposed; PEFT turns the flag itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
@@ -522,6 +584,29 @@ def _identity(model: Any) -> str:
     return digest.hexdigest()
 
 
+def _drawn(logp_AV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from each distribution, (A,), for one random number each.
+
+    Exact to the last digit of float64; `torch.multinomial` spends a random number on every entry.
+    """
+    sums_AV = logp_AV.exp().cumsum(-1, dtype=torch.float64)
+    total_A1 = sums_AV[:, -1:]
+    point_A1 = total_A1 * torch.rand(
+        total_A1.shape, dtype=torch.float64, device=logp_AV.device, generator=generator
+    )
+    point_A1 = torch.minimum(point_A1, torch.nextafter(total_A1, torch.zeros_like(total_A1)))
+    return torch.searchsorted(sums_AV, point_A1, right=True).squeeze(1)
+
+
+def _neighbours(prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each run of equal prompts, (N,), and the run that each row is in, (B,)."""
+    new_B = torch.ones(len(prompts_BP), dtype=torch.bool, device=prompts_BP.device)
+    new_B[1:] = (
+        (prompts_BP[1:] != prompts_BP[:-1]) | (mask_BP[1:] != mask_BP[:-1])
+    ).any(1)  # fmt: skip
+    return new_B.nonzero().flatten(), new_B.cumsum(0) - 1
+
+
 def _positions(mask_BL: Tensor) -> Tensor:
     return (mask_BL.cumsum(1) - 1).clamp(min=0)
 
@@ -530,8 +615,13 @@ def _widened(values_BT: Tensor, width: int, fill: int = 0) -> Tensor:
     return nn.functional.pad(values_BT, (0, width - values_BT.shape[1]), value=fill)
 
 
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature, in float32."""
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
+
+
 def _entropy(logits_BTV: Tensor, temperature: float) -> Tensor:
-    logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
+    logp_BTV = _cooled(logits_BTV, temperature).log_softmax(-1)
     return -(logp_BTV.exp() * logp_BTV).sum(-1)
 
 
@@ -553,7 +643,7 @@ class _LogProbs(torch.autograd.Function):
         B, T, V = logits_BTV.shape
         norm_BT = torch.empty(B, T, device=logits_BTV.device)
         for rows in _slices(B, T * V):
-            norm_BT[rows] = torch.logsumexp(logits_BTV[rows].float() / temperature, -1)
+            norm_BT[rows] = torch.logsumexp(_cooled(logits_BTV[rows], temperature), -1)
         ctx.save_for_backward(logits_BTV, ids_BT, norm_BT)
         ctx.temperature = temperature
         chosen_BT = logits_BTV.gather(-1, ids_BT[..., None]).squeeze(-1)
@@ -566,9 +656,10 @@ class _LogProbs(torch.autograd.Function):
         found_BTV = torch.empty_like(logits_BTV)
         B, T, V = logits_BTV.shape
         for rows in _slices(B, T * V):
-            part = (logits_BTV[rows].float() / ctx.temperature - norm_BT[rows, :, None]).exp_()
+            part = (_cooled(logits_BTV[rows], ctx.temperature) - norm_BT[rows, :, None]).exp_()
             part.mul_(-pull_BT[rows, :, None])
-            part.scatter_add_(-1, ids_BT[rows, :, None], pull_BT[rows, :, None])
+            chosen_BT1 = ids_BT[rows, :, None]
+            part.scatter_(-1, chosen_BT1, part.gather(-1, chosen_BT1) + pull_BT[rows, :, None])
             found_BTV[rows] = part.to(found_BTV.dtype)
         return found_BTV, None, None
 
