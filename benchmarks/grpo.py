@@ -167,21 +167,13 @@ def make_base(folder: Path, case: Case) -> int:
         tokenizer_object=words, pad_token="<pad>", eos_token="<end>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=case.vocabulary,
-            hidden_size=case.width,
-            intermediate_size=case.inner,
-            num_hidden_layers=case.layers,
-            num_attention_heads=case.heads,
-            num_key_value_heads=case.kv_heads,
-            max_position_embeddings=1024,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-            tie_word_embeddings=True,
-        )  # fmt: skip
-    )
+    config = LlamaConfig(
+        vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=case.inner,
+        num_hidden_layers=case.layers, num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads, max_position_embeddings=1024, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = case.vocabulary
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -412,8 +404,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl", metavar="PYTHON", help="an interpreter that has TRL")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "grpo", help="scratch")
     parser.add_argument("--out", type=Path, default=ROOT, help="reports/ lies below it")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from sia.errors import WeightsError  # noqa: E402
 from sia.provenance import tree_sha256  # noqa: E402
+from sia.weights.cache import grouped, sampling_cache  # noqa: E402
 from sia.weights.causal_lm import CausalLM, chosen_logprobs  # noqa: E402
 from sia.weights.data import Recorded, Rollouts, Steps  # noqa: E402
 from sia.weights.memory import halving  # noqa: E402
@@ -124,6 +125,63 @@ def test_sampling_and_scoring_agree_about_every_token(policy: CausalLM) -> None:
     scored = policy.logprobs(sampled.tokens, temperature=1.3).logprobs_BT
     assert torch.allclose(sampled.logprobs_BT, scored, atol=1e-5)
     assert not sampled.logprobs_BT[sampled.tokens.mask_BT == 0].any()
+
+
+def test_a_prompt_that_is_read_once_for_its_group_gives_the_same_answers(policy: CausalLM) -> None:
+    """Also when prompts are padded, and answers end early."""
+    prompts = ["1 or 2?", "who", "a long prompt: 4"]
+    once = policy.sample(prompts, group=20, temperature=1.0, seed=3)
+    repeated = [prompt for prompt in prompts for _ in range(20)]
+    often = policy.sample(repeated, group=1, temperature=1.0, seed=3)
+    assert once.answers == often.answers
+    assert torch.allclose(once.logprobs_BT, often.logprobs_BT, atol=1e-4)
+
+
+def test_a_prompt_that_is_read_once_for_its_group_gives_the_same_gradient(
+    policy: CausalLM,
+) -> None:
+    tokens = policy.sample(["1 or 2?", "who"], group=4, temperature=1.0, seed=0).tokens
+    uneven = tokens.rows(torch.tensor([0, 1, 2, 4, 5, 6, 7]))  # three answers, and four
+    order = torch.tensor([0, 3, 1, 4, 2, 5, 6])  # where most neighbours have another prompt
+    found = []
+    for index in (torch.arange(7), order):
+        scores = policy.logprobs(uneven.rows(index), values=True, entropy=True)
+        assert scores.values_BT is not None
+        assert scores.entropy_BT is not None
+        back = index.argsort()
+        parts = [scores.logprobs_BT[back], scores.values_BT[back], scores.entropy_BT[back]]
+        loss = sum(((part.cumsum(1) ** 2).sum() for part in parts), torch.zeros(()))
+        found.append([*parts, *torch.autograd.grad(loss, policy.parameters())])
+    for shared, apart in zip(*found, strict=True):
+        assert float((shared - apart).detach().norm()) < 1e-4 * float(apart.detach().norm())
+
+
+def test_an_adapted_layer_computes_what_pefts_own_does() -> None:
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    from sia.weights.lora import LoraLinear
+
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 3, 8, generator=random)
+    for bias in (True, False):
+        found = []
+        for mine in (True, False):
+            torch.manual_seed(0)
+            layers = nn.Sequential(nn.Linear(8, 6, bias=bias), nn.Linear(6, 5, bias=bias))
+            config = LoraConfig(
+                r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False
+            )
+            if mine:
+                config._register_custom_module({nn.Linear: LoraLinear})
+            model: Any = get_peft_model(layers, config)
+            assert isinstance(model.base_model.model[0], LoraLinear) is mine
+            x = start.clone().requires_grad_()
+            y = model(x)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            found.append([y, *torch.autograd.grad((y**2).sum(), [x, *trained])])
+        for ours, pefts in zip(*found, strict=True):
+            assert torch.allclose(ours, pefts, atol=1e-5)
 
 
 def test_what_stands_beside_an_answer_in_the_batch_does_not_matter(policy: CausalLM) -> None:
@@ -276,6 +334,7 @@ ARCHITECTURES = {
     "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
     "OPT": {"hidden_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 32},
     "GPTNeoX": {"hidden_size": 32, "intermediate_size": 32},
+    "Llama": {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 1},
     "Qwen2": {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 2},
     "Mistral": {
         "hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 1, "sliding_window": 4,
@@ -285,6 +344,9 @@ ARCHITECTURES = {
         "sliding_window": 4,
     },
 }  # fmt: skip
+
+
+PROMPTS_KEPT_ONCE = {"GPT2", "OPT", "GPTNeoX", "Llama", "Qwen2"}  # no window, no position bias
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -300,6 +362,12 @@ def test_other_architectures_sample_as_they_score(name: str, base: Path, tmp_pat
     transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path)
     policy = CausalLM(base=str(tmp_path), rank=4, max_answer_tokens=9, values=True)
     disturb(policy)
+    model: Any = policy.module["model"].get_base_model()  # type: ignore[index]
+    ids = torch.tensor([[2, 3]])
+    with sampling_cache(model, torch.ones_like(ids)) as cache:
+        model(input_ids=ids, cache=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+    assert grouped(cache) == (name in PROMPTS_KEPT_ONCE)
     sampled = policy.sample(["1", "2 or 33?"], group=30, temperature=1.0, seed=0)
     scored = policy.logprobs(sampled.tokens, values=True)
     assert torch.allclose(sampled.logprobs_BT, scored.logprobs_BT, atol=1e-4)

@@ -70,7 +70,9 @@ class GroupLayer(DynamicLayer):
 
     def __init__(self, prompt_mask_NP: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._mask_NP = prompt_mask_NP
+        hidden_NP = prompt_mask_NP == 0
+        self._hidden_N11P = hidden_NP[:, None, None] if bool(hidden_NP.any()) else None
+        self._prompts = len(prompt_mask_NP)
         self._own: tuple[_Room, _Room] | None = None
         self._prompt: tuple[Tensor, Tensor] | None = None
         self._rows_A: Tensor | None = None  # of those still being written; None: all
@@ -128,7 +130,8 @@ class GroupLayer(DynamicLayer):
         keys_NHPD, values_NHPD = self._prompt
         P = keys_NHPD.shape[2]
         scores_NHXP = self._grouped(query_AHQD) @ keys_NHPD.transpose(-1, -2)
-        scores_NHXP = scores_NHXP.masked_fill(self._mask_NP[:, None, None] == 0, -torch.inf)
+        if self._hidden_N11P is not None:
+            scores_NHXP.masked_fill_(self._hidden_N11P, -torch.inf)
         scores_NHXT = self._grouped(query_AHQD @ self.keys.transpose(-1, -2))
         weights_NHXL = torch.cat([scores_NHXP, scores_NHXT], -1).softmax(-1)
         read_AHQD = self._apart(weights_NHXL[..., :P] @ values_NHPD, query_AHQD.shape[2])
@@ -139,7 +142,7 @@ class GroupLayer(DynamicLayer):
         """Answers of a prompt side by side, (N, H, X = G Q, Y), zeros for those that have ended."""
         _, H, Q, Y = some_AHQY.shape
         if self._rows_A is not None:
-            every_BHQY = some_AHQY.new_zeros(len(self._mask_NP) * self.size, H, Q, Y)
+            every_BHQY = some_AHQY.new_zeros(self._prompts * self.size, H, Q, Y)
             some_AHQY = every_BHQY.index_copy_(0, self._rows_A, some_AHQY)
         return (
             some_AHQY.view(-1, self.size, H, Q, Y).transpose(1, 2).reshape(-1, H, self.size * Q, Y)

@@ -291,12 +291,11 @@ class CausalLM:
             for t in range(limit):
                 logp_AV = _cooled(logits_AV, temperature).log_softmax(-1)
                 next_A = _drawn(logp_AV, generator)
-                next_A = torch.where(alive_A, next_A, self._pad)
-                answers_BT[rows_A, t] = next_A
-                logprobs_BT[rows_A, t] = torch.where(
-                    alive_A, logp_AV.gather(1, next_A[:, None]).squeeze(1), 0.0
-                )
-                mask_BT[rows_A, t] = alive_A.float()
+                next_A.masked_fill_(~alive_A, self._pad)
+                chosen_A = logp_AV.gather(1, next_A[:, None]).squeeze(1)
+                answers_BT[:, t].index_copy_(0, rows_A, next_A)
+                logprobs_BT[:, t].index_copy_(0, rows_A, chosen_A.masked_fill_(~alive_A, 0.0))
+                mask_BT[:, t].index_copy_(0, rows_A, alive_A.float())
                 alive_A = alive_A & ~torch.isin(next_A, ends)
                 left = int(alive_A.sum())
                 if left == 0 or t + 1 == limit:

@@ -23,9 +23,14 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the base plus that of the adapter."""
-        base, name = self.get_base_layer(), self.active_adapters[0]
+        if args or kwargs or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        if self.merged:
+            return base(x)
+        name = self.active_adapters[0]
         usual = (
-            not (self.disable_adapters or self.merged or self.lora_variant or args or kwargs)
+            not self.lora_variant
             and len(self.active_adapters) == 1
             and isinstance(self.lora_dropout[name], nn.Identity)
             and self.lora_B[name].bias is None
@@ -33,7 +38,7 @@ class LoraLinear(Linear):
             and not torch.is_autocast_enabled(x.device.type)
         )
         if not usual:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x)
         found: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight,
             self.scaling[name],
