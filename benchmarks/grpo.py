@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -220,7 +221,8 @@ def run_sia(case: Case, base: Path, work: Path, pace: Pace) -> None:
         rows={item.id: {} for item in items},
         reward_of=lambda row, answer: reward_of(answer),
     )
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # a checkpoint there would be gone on from
+    work.mkdir(parents=True)
     fit(
         policy=policy, recipe=chosen, source=Paced(policy=policy, recipe=chosen, task=task, seed=0),
         work=work, seed=0, device="cpu", checkpoint_steps=Limits().checkpoint_steps, deadline=None,

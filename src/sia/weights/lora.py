@@ -27,7 +27,8 @@ class LoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         if self.merged:
-            return base(x)
+            found: Tensor = base(x)
+            return found
         name = self.active_adapters[0]
         usual = (
             not self.lora_variant
@@ -39,7 +40,7 @@ class LoraLinear(Linear):
         )
         if not usual:
             return super().forward(x)
-        found: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+        found = _Adapted.apply(  # type: ignore[no-untyped-call]
             x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight,
             self.scaling[name],
         )  # fmt: skip
