@@ -23,7 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 from sia.errors import WeightsError  # noqa: E402
 from sia.provenance import tree_sha256  # noqa: E402
 from sia.weights.cache import grouped, sampling_cache  # noqa: E402
-from sia.weights.causal_lm import CausalLM, chosen_logprobs  # noqa: E402
+from sia.weights.causal_lm import CausalLM, chosen_logprobs, drawn  # noqa: E402
 from sia.weights.data import Recorded, Rollouts, Steps  # noqa: E402
 from sia.weights.memory import halving  # noqa: E402
 from sia.weights.policy import Item, Sample, Step  # noqa: E402
@@ -218,6 +218,24 @@ def test_samples_are_distributed_as_the_scores_say(policy: CausalLM) -> None:
         where = int((first == token).nonzero()[0])
         expected = math.exp(float(sampled.logprobs_BT[where, 0]))
         assert abs(float(shares[token]) - expected) < 4 * math.sqrt(expected / len(first))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 200])
+def test_tokens_are_drawn_as_often_as_they_are_likely(vocabulary: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(vocabulary, generator=random)
+    logits[::3] = -math.inf
+    logp = logits.log_softmax(-1)
+    n = 20_000
+    found = torch.bincount(drawn(logp.expand(n, -1), random), minlength=vocabulary)
+    assert not found[::3].any()
+    expected = n * logp.exp().double()
+    chi2 = float(((found - expected) ** 2)[expected > 0].div(expected[expected > 0]).sum())
+    free = int((expected > 0).sum()) - 1
+    assert chi2 < free + 5 * math.sqrt(2 * free)
+    sure = torch.full((3, vocabulary), -math.inf)
+    sure[:, -1] = 0.0
+    assert drawn(sure, random).tolist() == [vocabulary - 1] * 3
 
 
 def test_the_base_is_the_policy_with_its_adapter_switched_off(base: Path, policy: CausalLM) -> None:

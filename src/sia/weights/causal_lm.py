@@ -31,6 +31,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 VALUE_FILE = "value_head.safetensors"
 BASE_KEY = "sia.base_sha256"
 _CHUNK_BYTES = 64 * 2**20
+_BLOCK = 64  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +291,7 @@ class CausalLM:
             masked = not (grouped(cache) and "position_ids" in self._accepts)
             for t in range(limit):
                 logp_AV = _cooled(logits_AV, temperature).log_softmax(-1)
-                next_A = _drawn(logp_AV, generator)
+                next_A = drawn(logp_AV, generator)
                 next_A.masked_fill_(~alive_A, self._pad)
                 chosen_A = logp_AV.gather(1, next_A[:, None]).squeeze(1)
                 answers_BT[:, t].index_copy_(0, rows_A, next_A)
@@ -583,18 +584,29 @@ def _identity(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _drawn(logp_AV: Tensor, generator: torch.Generator) -> Tensor:
-    """A token from each distribution, (A,), for one random number each.
+def drawn(logp_AV: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from each distribution, (A,), for two random numbers each.
 
-    Exact to the last digit of float64; `torch.multinomial` spends a random number on every entry.
+    A block of tokens is drawn, then one of its tokens: neither as many random numbers as there are
+    tokens, as `torch.multinomial` draws, nor long running sums, which lose digits.
     """
-    sums_AV = logp_AV.exp().cumsum(-1, dtype=torch.float64)
-    total_A1 = sums_AV[:, -1:]
+    A, V = logp_AV.shape
+    p_ANK = _widened(logp_AV.exp(), V + -V % _BLOCK).view(A, -1, _BLOCK)
+    block_A = _one_of(p_ANK.sum(-1), generator)
+    rows_A = torch.arange(A, device=logp_AV.device)
+    return block_A * _BLOCK + _one_of(p_ANK[rows_A, block_A], generator)
+
+
+def _one_of(shares_AN: Tensor, generator: torch.Generator) -> Tensor:
+    """An index into each row, (A,), as likely as its share of the row's sum."""
+    sums_AN = shares_AN.cumsum(-1, dtype=torch.float64)
+    total_A1 = sums_AN[:, -1:]
     point_A1 = total_A1 * torch.rand(
-        total_A1.shape, dtype=torch.float64, device=logp_AV.device, generator=generator
+        total_A1.shape, dtype=torch.float64, device=shares_AN.device, generator=generator
     )
+    # Rounding may take a point up to the total, behind the last index.
     point_A1 = torch.minimum(point_A1, torch.nextafter(total_A1, torch.zeros_like(total_A1)))
-    return torch.searchsorted(sums_AV, point_A1, right=True).squeeze(1)
+    return torch.searchsorted(sums_AN, point_A1, right=True).squeeze(1)
 
 
 def _neighbours(prompts_BP: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
