@@ -253,10 +253,10 @@ def test_a_model_that_the_run_serves_is_trained_and_served_with_its_adapter(
     done = sia(
         ONLY_WEIGHTS, "target=hf", f"target.model={tiny.folder}", "target.harness=reference",
         "meta.max_updates=2", "+target.policy.max_answer_tokens=2",
-        "+weights.recipes.grpo={steps: 2, items: 2, group: 4}", "+weights.recipes.sft.steps=60",
+        "+weights.recipes.grpo={steps: 2, items: 4, group: 16, temperature: 4}", "+weights.recipes.sft.steps=60",
     )  # fmt: skip
     records = finished(done, run)
-    assert not records["0001/0/update"].get("problem")
+    assert [records[f"000{k}/0/update"]["problem"] for k in (1, 2)] == ["", ""]
     assert records["0000/0/evaluation"]["score"] == pytest.approx(0.37)
     said = [(run / f"gen-{k:03}/cand-0/stdout.log").read_text().split() for k in range(3)]
     assert set(said[0]) - {"l", "s"}  # random weights

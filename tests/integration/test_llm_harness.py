@@ -45,7 +45,9 @@ class OneEndpoint:
     refused: str = ""
 
     @contextlib.contextmanager
-    def lease(self, role: Role, scope: str) -> Iterator["OneEndpoint"]:
+    def lease(
+        self, role: Role, scope: str, *, policy: Path | None = None
+    ) -> Iterator["OneEndpoint"]:
         assert role is Role.TARGET
         yield self
 

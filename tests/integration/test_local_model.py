@@ -321,7 +321,9 @@ def test_a_model_that_was_not_fetched_is_named_before_anything_is_made(tmp_path:
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ProviderError, match=r"neither smollm2, nor a \.gguf file, nor a folder"):
+    with pytest.raises(
+        ProviderError, match=r"neither e5-small, smollm2, nor a \.gguf file, nor a folder"
+    ):
         models.locate(str(tmp_path))
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ProviderError, match="no adapter folder"):

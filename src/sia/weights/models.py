@@ -265,4 +265,4 @@ def _need(package: str, extra: str, why: str) -> None:
 
 
 def _names() -> str:
-    return " or ".join(sorted(BUNDLED))
+    return ", ".join(sorted(BUNDLED))
