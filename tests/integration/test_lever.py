@@ -49,7 +49,7 @@ with open(option("--working_dir") + "/submission.csv", "w") as file:
     file.write("id,label\\n")
     file.writelines(f"{r['id']},{labels.get(r['id'], 'small')}\\n" for r in items)
 """
-# Asks the model about ten items, and answers for all others with `small`.
+# Asks the model about eighty items, and answers for all others with `small`.
 ASKS = """
 import csv, json, os, sys, urllib.request
 def option(name):
@@ -68,7 +68,7 @@ with open(option("--dataset_dir") + "/items.csv") as file:
 with open(option("--working_dir") + "/submission.csv", "w") as file:
     file.write("id,label\\n")
     for k, row in enumerate(items):
-        said = ask(row["x"]) if k < 10 else "s"
+        said = ask(row["x"]) if k < 80 else "s"
         print(said)
         file.write(f"{row['id']},{'large' if said == 'l' else 'small'}\\n")
 """
@@ -253,7 +253,7 @@ def test_a_model_that_the_run_serves_is_trained_and_served_with_its_adapter(
     done = sia(
         ONLY_WEIGHTS, "target=hf", f"target.model={tiny.folder}", "target.harness=reference",
         "meta.max_updates=2", "+target.policy.max_answer_tokens=2",
-        "+weights.recipes.grpo={steps: 2, items: 4, group: 16, temperature: 4}", "+weights.recipes.sft.steps=60",
+        "+weights.recipes.grpo={steps: 2, items: 4, group: 16, temperature: 4}", "+weights.recipes.sft.steps=150",
     )  # fmt: skip
     records = finished(done, run)
     assert [records[f"000{k}/0/update"]["problem"] for k in (1, 2)] == ["", ""]
