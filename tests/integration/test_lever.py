@@ -253,7 +253,8 @@ def test_a_model_that_the_run_serves_is_trained_and_served_with_its_adapter(
     done = sia(
         ONLY_WEIGHTS, "target=hf", f"target.model={tiny.folder}", "target.harness=reference",
         "meta.max_updates=2", "+target.policy.max_answer_tokens=2",
-        "+weights.recipes.grpo={steps: 2, items: 4, group: 16, temperature: 4}", "+weights.recipes.sft.steps=150",
+        "+weights.recipes.grpo={steps: 2, items: 4, group: 16, temperature: 4}",
+        "+weights.recipes.sft.steps=150",
     )  # fmt: skip
     records = finished(done, run)
     assert [records[f"000{k}/0/update"]["problem"] for k in (1, 2)] == ["", ""]
