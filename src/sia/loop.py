@@ -124,10 +124,6 @@ class Closed:
 Event = Started | Proposed | Scored | Closed | Ending
 
 
-class _BudgetSpent(Exception):
-    """The run's time ended in the middle of an attempt, which therefore counts for nothing."""
-
-
 @dataclass(kw_only=True)
 class _Memory:
     """What the loop knows so far; rebuilt step by step on a resume."""
@@ -151,10 +147,7 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
         try:
             for index in range(limits.generations):
                 if f"{index:04}/generation" not in parts.journal and _spent(parts, limits):
-                    yield Ending(
-                        reason="budget", detail=f"budget.wall_s={limits.wall_s:g} is used up"
-                    )
-                    return
+                    raise _time_is_over(limits)
                 yield from _generation(parts, limits, pool, memory, index, decision)
                 if index + 1 < limits.generations:
                     decision = parts.journal.step(
@@ -165,9 +158,6 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
                     if decision.lever is Lever.STOP:
                         yield Ending(reason="stop", detail=decision.hypothesis)
                         return
-        except _BudgetSpent:
-            yield Ending(reason="budget", detail=f"budget.wall_s={limits.wall_s:g} is used up")
-            return
         except BudgetExceeded as spent:
             pool.shutdown(wait=False, cancel_futures=True)
             parts.target.cancel()
@@ -381,7 +371,7 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         deadline_s=limits.update_s if left is None else max(0.1, min(limits.update_s, left)),
     )
     if left is not None and parts.journal.elapsed_s >= (limits.wall_s or 0.0):
-        raise _BudgetSpent
+        raise _time_is_over(limits)
     return update
 
 
@@ -396,8 +386,13 @@ def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
         policy=parts.workspaces.policy(candidate),
     )
     if attempt.outcome is Outcome.TIMEOUT and deadline_s < limits.attempt_s:
-        raise _BudgetSpent
+        raise _time_is_over(limits)
     return attempt
+
+
+def _time_is_over(limits: Limits) -> BudgetExceeded:
+    """Raised between steps, or in the middle of one, which then counts for nothing."""
+    return BudgetExceeded(f"budget.wall_s={limits.wall_s:g} is used up")
 
 
 def _reuse(candidate: Candidate, memory: _Memory, results: dict[str, Result]) -> Result:

@@ -50,7 +50,7 @@ _MOVING = (
     ("OS Version: <kernel>", re.compile(r"OS Version: [^\\\"]+")),
     (".tmp.<temporary>", re.compile(rf"\.tmp\.\d+\.{_DIGIT}{{12}}")),
     ("SIA_ATTEMPT=<marker>", re.compile(rf"SIA_ATTEMPT={_DIGIT}+")),
-    ("<uid>", re.compile(r"64[1-8]\d\d(?!\d)")),  # sia.sandbox.bwrap.FIRST_UID and those after it
+    ("<uid>", re.compile(r"64[1-8]\d\d(?!\d)")),  # sia.sandbox.launch.FIRST_UID and those after it
     (
         "<uuid>",
         re.compile(

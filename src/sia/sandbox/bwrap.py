@@ -8,9 +8,15 @@ from pathlib import Path
 
 from sia.errors import TargetError
 from sia.sandbox.launch import (
+    CODE,
+    DATA,
+    FIRST_UID,
     FORWARD,
+    GATEWAY,
     POLICY,
     PROGRAMS,
+    SCRIPT,
+    WORK,
     environment,
     forwarded,
     limits_argv,
@@ -20,11 +26,6 @@ from sia.sandbox.launch import (
 from sia.sandbox.protocol import Job, Launch
 from sia.sandbox.seccomp import filter_bytes, filter_fd
 
-FIRST_UID = 64100
-# Inside the sandbox. One folder of an unusual name: /data and /work are home to the interpreters of
-# many a cluster, which keep their paths.
-DATA, CODE, WORK = "/sia/data", "/sia/harness", "/sia/work"
-GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 # Programs, libraries and tables of the system. Not /usr as a whole: checkouts live in /usr/src.
 SYSTEM = (
     "/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/share",

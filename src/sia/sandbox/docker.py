@@ -8,12 +8,21 @@ import subprocess
 import threading
 
 from sia.errors import TargetError
-from sia.sandbox.launch import FORWARD, POLICY, environment, forwarded, program_argv
+from sia.sandbox.launch import (
+    CODE,
+    DATA,
+    FIRST_UID,
+    FORWARD,
+    GATEWAY,
+    POLICY,
+    SCRIPT,
+    WORK,
+    environment,
+    forwarded,
+    program_argv,
+)
 from sia.sandbox.protocol import Job, Launch
 
-FIRST_UID = 64100
-DATA, CODE, WORK = "/sia/data", "/sia/harness", "/sia/work"
-GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 ASK_S = 10
 
 

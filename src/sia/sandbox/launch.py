@@ -11,7 +11,11 @@ from sia.sandbox.environments import current_runtime
 from sia.sandbox.protocol import Endpoint, Job, Launch, Limits, Sandbox
 
 FORWARD = Path(__file__).with_name("forward.py")
-POLICY = "/sia/policy"  # inside a sandbox that has a root of its own
+FIRST_UID = 64100  # of targets, where we may give them a user id of their own
+# Inside a sandbox that has a root of its own. One folder of an unusual name: /data and /work are
+# home to the interpreters of many a cluster, which keep their paths.
+DATA, CODE, WORK, POLICY = "/sia/data", "/sia/harness", "/sia/work", "/sia/policy"
+GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
 GPU_MEMORY_MIB = 2**26  # of address space: a card's driver reserves far more than its memory
 PROGRAMS = ("/usr/games",)  # of Debian, beyond /usr/bin: chess engines
