@@ -7,9 +7,7 @@ tokens (padded to the right), V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,18 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sia.errors import WeightsError
+from sia.weights import adapter
 from sia.weights.cache import grouped, sampling_cache, shared_cache
 from sia.weights.memory import halving
 from sia.weights.policy import Sampled, Scores, Tokens
 
-ADAPTER_FILE = "adapter_model.safetensors"
-VALUE_FILE = "value_head.safetensors"
-BASE_KEY = "sia.base_sha256"
 _CHUNK_BYTES = 64 * 2**20
 _BLOCK = 64  # tokens
 
@@ -136,7 +130,8 @@ class CausalLM:
         self._pad = self._tokenizer.pad_token_id
         if self._pad is None:
             self._pad = self._end
-        self.base_sha256 = _identity(model)
+        # In bfloat16, so that a base has one identity in both precisions.
+        self.base_sha256 = adapter.identity(model, precision=torch.bfloat16)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._seed = seed
         self._sample_size = 2**20  # prompts that are answered at once; less where memory ran out
@@ -144,9 +139,12 @@ class CausalLM:
         model.to(self.device)
         if checkpoint_activations:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self._peft = self._adapted(model, _lora_config(rank, alpha, dora, targets))
+        config = adapter.lora_config(
+            rank=rank, alpha=alpha, dora=dora, targets=targets, task_type="CAUSAL_LM"
+        )
+        self._peft = self._adapted(model, config)
         width = model.config.get_text_config().hidden_size
-        self._value_head = _value_head(width).to(self.device) if values else None
+        self._value_head = adapter.zero_head(width, 1).to(self.device) if values else None
         self._module = nn.ModuleDict({"model": self._peft})
         if self._value_head is not None:
             self._module["value_head"] = self._value_head
@@ -342,10 +340,10 @@ class CausalLM:
         start = int(prompt_mask_BP.any(0).int().argmax()) if B else 0
         mask_BT = tokens.mask_BT[:, :longest]
         answers_BT = tokens.inputs["answers"][:, :longest]
-        adapter = self._peft.disable_adapter() if base else contextlib.nullcontext()
+        switched = self._peft.disable_adapter() if base else contextlib.nullcontext()
         if self._checkpoint:
             self._peft.train(torch.is_grad_enabled())
-        with adapter, self._precision():
+        with switched, self._precision():
             passes = self._passes(
                 tokens.inputs["prompts"][:, start:], prompt_mask_BP[:, start:], answers_BT,
                 mask_BT.to(prompt_mask_BP.dtype), values,
@@ -419,78 +417,39 @@ class CausalLM:
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter in PEFT's format, and the value head beside it."""
-        from peft import get_peft_model_state_dict
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._peft.peft_config["default"].save_pretrained(str(folder))
-        tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        metadata = {"format": "pt", BASE_KEY: self.base_sha256}
-        save_file(found, folder / ADAPTER_FILE, metadata=metadata)
-        if self._value_head is not None:
-            head = {name: t.detach().cpu() for name, t in self._value_head.state_dict().items()}
-            save_file(head, folder / VALUE_FILE, metadata={"format": "pt"})
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
+        marks = {adapter.BASE_KEY: self.base_sha256}
+        adapter.write(folder, self._peft, marks=marks, value_head=self._value_head)
 
     def load_adapter(self, folder: Path) -> None:
         """Reads an adapter; its rank, alpha, targets and kind replace those of the fresh one."""
-        from peft import LoraConfig, set_peft_model_state_dict
-
-        path = folder / ADAPTER_FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                base_sha256 = (file.metadata() or {}).get(BASE_KEY)
-            tensors = load_file(path)
-            settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-            config = LoraConfig.from_pretrained(str(folder))
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise WeightsError(
-                f"{folder} holds no adapter that can be read: {error}. An adapter folder has "
-                f"{ADAPTER_FILE} and adapter_config.json."
-            ) from error
+        stored = adapter.read(folder)
+        base_sha256 = stored.marks.get(adapter.BASE_KEY)
         if base_sha256 is not None and base_sha256 != self.base_sha256:
             raise WeightsError(
                 f"The adapter in {folder} was made for the base "
-                f"{settings.get('base_model_name_or_path')!r} ({base_sha256[:12]}), not for "
+                f"{stored.settings.get('base_model_name_or_path')!r} ({base_sha256[:12]}), not for "
                 f"{self.base!r} ({self.base_sha256[:12]}). Give it its own base: policy.base=..."
             )
-        config.inference_mode = False
-        self._peft = self._adapted(self._peft.unload(), config)
+        self._peft = self._adapted(self._peft.unload(), stored.config)
         self._module["model"] = self._peft
-        try:
-            result: Any = set_peft_model_state_dict(self._peft, tensors)
-        except RuntimeError as error:
-            raise WeightsError(
-                f"The adapter in {folder} does not fit its config: {error}"
-            ) from error
-        if result.unexpected_keys:
+        if unknown := adapter.fill(self._peft, stored, folder, self._value_head):
             raise WeightsError(
                 f"The adapter in {folder} has weights for layers that {self.base!r} lacks, for "
-                f"example {result.unexpected_keys[0]!r}."
+                f"example {unknown[0]!r}."
             )
-        if self._value_head is not None and (folder / VALUE_FILE).is_file():
-            self._value_head.load_state_dict(load_file(folder / VALUE_FILE))
 
     def _adapted(self, model: Any, config: Any) -> Any:
-        from peft import get_peft_model
-
         from sia.weights.lora import LoraLinear
 
         config._register_custom_module({nn.Linear: LoraLinear})
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Of models whose linear layers are stored transposed; PEFT turns the flag itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             # PEFT 0.21 asks transformers 5.24 by a name that it has just given up.
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing")
-            torch.manual_seed(self._seed)
-            try:
-                made = get_peft_model(model, config)
-            except ValueError as error:
-                raise WeightsError(f"targets do not fit base={self.base!r}: {error}") from error
-        made.to(self.device)
-        made.eval()  # dropout is zero anyway; some models are faster
-        return made
+            return adapter.attach(
+                model, config, base=self.base, device=self.device, seed=self._seed
+            )
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
@@ -547,41 +506,6 @@ def _load(base: str, download: bool, dtype: torch.dtype) -> tuple[Any, Any]:
     model.requires_grad_(False)
     model.eval()
     return tokenizer, model
-
-
-def _lora_config(rank: int, alpha: float, dora: bool, targets: str) -> Any:
-    from peft import LoraConfig
-
-    names = [name.strip() for name in targets.split(",")]
-    scale: Any = int(alpha) if float(alpha).is_integer() else alpha  # PEFT says int and takes both
-    return LoraConfig(
-        r=rank,
-        lora_alpha=scale,
-        use_dora=dora,
-        target_modules=targets if targets == "all-linear" else names,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _value_head(width: int) -> nn.Linear:
-    """A head that expects nothing at first."""
-    head = nn.Linear(width, 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def _identity(model: Any) -> str:
-    """Digest of names, shapes and leading values of all weights: a moved or renamed base is itself.
-
-    Values are compared in bfloat16, so that a base has one identity in both precisions.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        head = tensor.flatten()[:16].to(torch.bfloat16).float().tolist()
-        digest.update(f"{name}{tuple(tensor.shape)}{head}".encode())
-    return digest.hexdigest()
 
 
 def drawn(logp_AV: Tensor, generator: torch.Generator) -> Tensor:

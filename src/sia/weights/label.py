@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sia.errors import WeightsError
+from sia.weights import adapter
 from sia.weights.policy import Sampled, Scores, Tokens
 
-ADAPTER_FILE = "adapter_model.safetensors"
-VALUE_FILE = "value_head.safetensors"
 POOLING_FILE = "pooling.safetensors"
-BASE_KEY = "sia.base_sha256"
 LABELS_KEY = "sia.labels_sha256"
 CALIBRATION_TEXTS = 256
 CHUNK_TOKENS = 4096  # that pass through the frozen layers at once
@@ -100,7 +96,7 @@ class Label:
         self._half = _is_fast_in_half(self.device) if half is None else half
         self._tokenizer, encoder = _load(base)
         self._pad = self._tokenizer.pad_token_id or 0
-        self.base_sha256 = _identity(encoder)
+        self.base_sha256 = adapter.identity(encoder)
         layers = encoder.encoder.layer
         if not 0 < upper_layers <= len(layers):
             raise WeightsError(
@@ -114,8 +110,13 @@ class Label:
         width = encoder.config.hidden_size
         tower = _Tower(upper, width, len(self.labels)).to(self.device)
         self._calibrate(tower, _texts(Path(calibration), column))
-        self._peft = self._adapted(tower, _lora_config(tower, rank, alpha, dora, targets))
-        self._value_head = _zeros(width, 1).to(self.device) if values else None
+        linear = [name for name, m in tower.named_modules() if isinstance(m, nn.Linear)]
+        config = adapter.lora_config(
+            rank=rank, alpha=alpha, dora=dora, targets=targets,
+            all_linear=[name for name in linear if name != "head"], modules_to_save=["head"],
+        )  # fmt: skip
+        self._peft = self._adapted(tower, config)
+        self._value_head = adapter.zero_head(width, 1).to(self.device) if values else None
         self._module = nn.ModuleDict({"lower": self._lower, "tower": self._peft})
         if self._value_head is not None:
             self._module["value_head"] = self._value_head
@@ -205,8 +206,7 @@ class Label:
     ) -> Scores:
         """Scores of given labels; a prompt that occurs several times is read once."""
         ids_BP = tokens.inputs["prompts"].cpu()
-        adapter = self._peft.disable_adapter() if base else contextlib.nullcontext()
-        with adapter:
+        with self._peft.disable_adapter() if base else contextlib.nullcontext():
             if len(ids_BP):
                 ids_NP, row_B = torch.unique(ids_BP, dim=0, return_inverse=True)
                 logits_NC, state_ND = self._tower(ids_NP)
@@ -273,82 +273,42 @@ class Label:
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the adapter and the head in PEFT's format, and the value head beside it."""
-        from peft import get_peft_model_state_dict
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._peft.peft_config["default"].save_pretrained(str(folder))
-        tensors = get_peft_model_state_dict(self._peft, save_embedding_layers=False)
-        found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        metadata = {
-            "format": "pt", BASE_KEY: self.base_sha256, LABELS_KEY: _digest(self.labels)
-        }  # fmt: skip
-        save_file(found, folder / ADAPTER_FILE, metadata=metadata)
-        save_file(
-            {"centre": self._peft.centre_D.cpu(), "spread": self._peft.spread_D.cpu()},
-            folder / POOLING_FILE, metadata={"format": "pt"},
-        )  # fmt: skip
-        if self._value_head is not None:
-            head = {name: t.detach().cpu() for name, t in self._value_head.state_dict().items()}
-            save_file(head, folder / VALUE_FILE, metadata={"format": "pt"})
+        pooling = {"centre": self._peft.centre_D, "spread": self._peft.spread_D}
+        adapter.write(
+            folder,
+            self._peft,
+            marks={adapter.BASE_KEY: self.base_sha256, LABELS_KEY: _digest(self.labels)},
+            value_head=self._value_head,
+            further={POOLING_FILE: pooling},
+        )
 
     def load_adapter(self, folder: Path) -> None:
         """Reads an adapter; its rank, alpha, targets, kind and scaling replace those at hand."""
-        from peft import LoraConfig, set_peft_model_state_dict
-
-        path = folder / ADAPTER_FILE
-        try:
-            with safe_open(path, framework="pt") as file:
-                marks = file.metadata() or {}
-            tensors = load_file(path)
-            pooling = load_file(folder / POOLING_FILE)
-            config = LoraConfig.from_pretrained(str(folder))
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise WeightsError(
-                f"{folder} holds no adapter that can be read: {error}. An adapter folder has "
-                f"{ADAPTER_FILE} and adapter_config.json."
-            ) from error
-        if marks.get(BASE_KEY) != self.base_sha256:
+        stored = adapter.read(folder, POOLING_FILE)
+        if stored.marks.get(adapter.BASE_KEY) != self.base_sha256:
             raise WeightsError(
                 f"The adapter in {folder} was made for another base than {self.base!r}. "
                 "Give it its own base: policy.base=..."
             )
-        if marks.get(LABELS_KEY) != _digest(self.labels):
+        if stored.marks.get(LABELS_KEY) != _digest(self.labels):
             raise WeightsError(
                 f"The adapter in {folder} was made for other labels, or another order of them."
             )
-        config.inference_mode = False
+        pooling = stored.further[POOLING_FILE]
         tower = self._peft.unload()
-        tower.head = _zeros(tower.centre_D.shape[0], len(self.labels)).to(self.device)
+        tower.head = adapter.zero_head(tower.centre_D.shape[0], len(self.labels)).to(self.device)
         tower.centre_D.copy_(pooling["centre"])
         tower.spread_D.copy_(pooling["spread"])
-        self._peft = self._adapted(tower, config)
+        self._peft = self._adapted(tower, stored.config)
         self._module["tower"] = self._peft
-        try:
-            result: Any = set_peft_model_state_dict(self._peft, tensors)
-        except RuntimeError as error:
-            raise WeightsError(
-                f"The adapter in {folder} does not fit its config: {error}"
-            ) from error
-        if unknown := result.unexpected_keys:
+        if unknown := adapter.fill(self._peft, stored, folder, self._value_head):
             raise WeightsError(
                 f"The adapter in {folder} has weights for layers that are frozen here, for example "
                 f"{unknown[0]!r}. Was it made with another policy.upper_layers?"
             )
-        if self._value_head is not None and (folder / VALUE_FILE).is_file():
-            self._value_head.load_state_dict(load_file(folder / VALUE_FILE))
 
     def _adapted(self, tower: nn.Module, config: Any) -> Any:
-        from peft import get_peft_model
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
-            try:
-                made = get_peft_model(tower, config)
-            except ValueError as error:
-                raise WeightsError(f"targets do not fit base={self.base!r}: {error}") from error
-        made.to(self.device)
-        made.eval()
-        return made
+        return adapter.attach(tower, config, base=self.base, device=self.device, seed=self._seed)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._half)
@@ -360,7 +320,7 @@ class _Tower(nn.Module):
     def __init__(self, layers: nn.ModuleList, width: int, n_labels: int) -> None:
         super().__init__()
         self.layers = layers
-        self.head = _zeros(width, n_labels)
+        self.head = adapter.zero_head(width, n_labels)
         self.centre_D: Tensor
         self.spread_D: Tensor
         self.register_buffer("centre_D", torch.zeros(width))
@@ -429,30 +389,6 @@ def _texts(path: Path, column: str) -> list[str]:
     return rows
 
 
-def _lora_config(tower: nn.Module, rank: int, alpha: float, dora: bool, targets: str) -> Any:
-    from peft import LoraConfig
-
-    linear = [name for name, m in tower.named_modules() if isinstance(m, nn.Linear)]
-    names = [name.strip() for name in targets.split(",")]
-    scale: Any = int(alpha) if float(alpha).is_integer() else alpha
-    return LoraConfig(
-        r=rank,
-        lora_alpha=scale,
-        use_dora=dora,
-        target_modules=[n for n in linear if n != "head"] if targets == "all-linear" else names,
-        modules_to_save=["head"],
-        lora_dropout=0.0,
-    )
-
-
-def _zeros(width: int, n: int) -> nn.Linear:
-    """A head that expects nothing at first."""
-    head = nn.Linear(width, n)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 def _cut(ids: list[int], limit: int) -> list[int]:
     """The beginning, and the token that ends every text."""
     return [*ids[: limit - 1], ids[-1]]
@@ -473,15 +409,6 @@ def _is_fast_in_half(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-
-
-def _identity(model: nn.Module) -> str:
-    """Digest of names, shapes and leading values of all weights: a moved base is itself."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        head = tensor.flatten()[:16].float().tolist()
-        digest.update(f"{name}{tuple(tensor.shape)}{head}".encode())
-    return digest.hexdigest()
 
 
 def _digest(labels: Sequence[str]) -> str:
