@@ -158,18 +158,15 @@ def generations(parts: Parts, limits: Limits) -> Generator[Event]:
                     if decision.lever is Lever.STOP:
                         yield Ending(reason="stop", detail=decision.hypothesis)
                         return
-        except BudgetExceeded as spent:
+        except BaseException as error:
+            # Attempts and updates in progress must not outlive the loop, whatever ended it.
             pool.shutdown(wait=False, cancel_futures=True)
             parts.target.cancel()
             parts.weights.cancel()
-            yield Ending(reason="budget", detail=str(spent))
+            if not isinstance(error, BudgetExceeded):
+                raise
+            yield Ending(reason="budget", detail=str(error))
             return
-        except BaseException:
-            # Attempts in progress must not outlive the loop, whatever ended it.
-            pool.shutdown(wait=False, cancel_futures=True)
-            parts.target.cancel()
-            parts.weights.cancel()
-            raise
     yield Ending(reason="generations", detail=f"all {limits.generations} generations are done")
 
 
@@ -360,7 +357,6 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
     settings = {name: value for name, value in proposal.changes.items() if name != "recipe"}
     out = parts.workspaces.policy(candidate)
     assert out is not None  # it names its own
-    left = None if limits.wall_s is None else limits.wall_s - parts.journal.elapsed_s
     update = parts.weights.update(
         candidate.id,
         recipe=proposal.changes["recipe"],
@@ -368,16 +364,15 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         parent=parts.workspaces.policy(parent) if parent else None,
         out=out,
         seed=seeds.stream_seed(parts.seed, f"weights/{candidate.generation}"),
-        deadline_s=limits.update_s if left is None else max(0.1, min(limits.update_s, left)),
+        deadline_s=_deadline(parts, limits, limits.update_s),
     )
-    if left is not None and parts.journal.elapsed_s >= (limits.wall_s or 0.0):
+    if _spent(parts, limits):
         raise _time_is_over(limits)
     return update
 
 
 def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
-    left = None if limits.wall_s is None else limits.wall_s - parts.journal.elapsed_s
-    deadline_s = limits.attempt_s if left is None else max(0.1, min(limits.attempt_s, left))
+    deadline_s = _deadline(parts, limits, limits.attempt_s)
     attempt = parts.target.run(
         candidate.id,
         harness=parts.workspaces.harness(candidate),
@@ -388,6 +383,13 @@ def _attempt(parts: Parts, limits: Limits, candidate: Candidate) -> Attempt:
     if attempt.outcome is Outcome.TIMEOUT and deadline_s < limits.attempt_s:
         raise _time_is_over(limits)
     return attempt
+
+
+def _deadline(parts: Parts, limits: Limits, own_s: float) -> float:
+    """Of a step: its own, or the end of the run's time where that comes first."""
+    if limits.wall_s is None:
+        return own_s
+    return max(0.1, min(own_s, limits.wall_s - parts.journal.elapsed_s))
 
 
 def _time_is_over(limits: Limits) -> BudgetExceeded:
