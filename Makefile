@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: make demo, make test.
-.PHONY: demo test check clean
+.PHONY: demo test paper check clean
 
 demo:  # installs, fetches the data, improves a LawBench target, opens the sealed test
 	@scripts/setup base
@@ -10,6 +10,10 @@ test:  # installs what the tests need, fetches the data of all tasks, runs the t
 	@scripts/setup dev
 	@scripts/data
 	@.venv/bin/python -m pytest -n 2 --dist loadfile
+
+paper:  # the tables of the paper: dvc repro, an hour and a half on two cores
+	@scripts/setup paper
+	@scripts/paper
 
 check:  # what CI and pre-commit check besides the tests
 	@scripts/setup dev

@@ -118,6 +118,15 @@ def check(cfg: Config) -> Checked:
     )
 
 
+def place_harness(cfg: Config, checked: Checked) -> None:
+    """Names the first harness by its folder, where the task has no name for it.
+
+    So a run can be resumed from another working directory.
+    """
+    if cfg.target.harness not in checked.task.harnesses:
+        cfg.target.harness = str(checked.first_harness)
+
+
 def target(
     cfg: Config,
     task: Task,

@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         help="run the chosen harness once more with the dev labels added to train "
         "(default: exam.final_refit of the run)",
     )
+    parser.add_argument(
+        "--records",
+        type=Path,
+        metavar="FOLDER",
+        help="copy what reports read to FOLDER/<name of the run>: records without the attempts",
+    )
     args = parser.parse_args(argv)
     console = Console()
     try:
@@ -54,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
                 exam = examine(run, final_refit=args.final_refit, say=console.print)
                 _mirror(run, console.print)
             report.show(console, run, exam)
+            if args.records:
+                rundir.copy_records(run, args.records / run.name)
     except SiaError as error:
         print(f"sia: {error}", file=sys.stderr)
         return error.exit_code

@@ -276,6 +276,21 @@ def records(run: Path) -> dict[str, Any]:
     return {line.key: line.data for line in sorted(read_journal(run), key=lambda line: line.key)}
 
 
+def copy_records(run: Path, folder: Path) -> None:
+    """Copies what says how a run went, without what its attempts left: reports need no more.
+
+    Raises:
+        RunDirectoryError: The disk is full or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    for name in (RUN_FILE, CONFIG_FILE, JOURNAL_FILE, RESULT_FILE, EXAM_FILE):
+        if (run / name).is_file():
+            write_atomic(folder / name, (run / name).read_bytes())
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old content or the new, never a part.
 

@@ -57,8 +57,7 @@ def run(
     data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
     checked.check_machine()
     gateway = build.gateway(cfg, path)
-    if cfg.target.harness not in checked.task.harnesses:
-        cfg.target.harness = str(checked.first_harness)  # also where it is resumed from elsewhere
+    build.place_harness(cfg, checked)
     text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
     if resumed:
         run_dir = RunDir.resume(path)
