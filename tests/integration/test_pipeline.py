@@ -172,8 +172,8 @@ def test_a_paid_cell_needs_a_cap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.delenv("SIA_MAX_COST_USD", raising=False)
     with pytest.raises(ConfigError, match="SIA_MAX_COST_USD=5 dvc repro"):
         prepare(tmp_path / "run", cell)
+    monkeypatch.setenv("SIA_MAX_COST_USD", "much")
     with pytest.raises(ConfigError, match="'much'"):
-        monkeypatch.setenv("SIA_MAX_COST_USD", "much")
         prepare(tmp_path / "run", cell)
     monkeypatch.setenv("SIA_MAX_COST_USD", "2.5")
     assert "budget.usd=2.5" in (prepare(tmp_path / "run", cell) or [])
