@@ -134,7 +134,10 @@ def _meaning(cfg: Config) -> dict[str, Any]:
     """The configuration without what changes no record."""
     kept = [str(key) for key in cast(Any, cfg) if key not in SILENT]
     node = OmegaConf.masked_copy(cast(Any, cfg), kept)
-    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    found = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    if cfg.gateway.mode == "replay":  # nobody is called
+        found["provider"] |= dict.fromkeys(("base_url", "anthropic_url", "api_key_env"))
+    return found
 
 
 def _meaning_of_task(facts: TaskFacts) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import yaml
 
 from sia import rundir
 from sia.errors import ConfigError, RunDirectoryError
+from sia.gateway.scripted import read_rules, serving
 from sia.pipeline import fingerprint, prepare
 from sia.rundir import read_info, read_journal
 
@@ -50,10 +51,12 @@ class Project:
             "DVC_NO_ANALYTICS": "1",
         }
 
-    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command, cwd=self.root, env=self.environment, text=True, capture_output=True,
-            timeout=300, check=False,
+            command, cwd=self.root, env=self.environment | variables, timeout=300,
+            text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -164,6 +167,37 @@ def test_the_table_is_made_from_records_alone(finished: Project) -> None:
     for cell in CELLS:
         names = {path.name for path in (records / cell).iterdir()}
         assert names == {"run.json", "config.yaml", "journal.jsonl", "result.json", "exam.json"}
+
+
+def test_a_recorded_run_of_a_language_model_is_repeated_without_it(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic_ai")
+    project = Project(tmp_path)
+    asks = ["task=toy", "meta=pydantic_ai", "meta.model=scripted-1", "provider=scripted"]
+    with serving(read_rules(ROOT / "docs" / "rehearsal.yaml")) as scripted:
+        project.run(
+            sys.executable, "-m", "sia", *asks, "generations=2", "hydra.run.dir=recordings/toy",
+            SIA_SCRIPTED_URL=scripted.url,
+        )  # fmt: skip
+    (project.root / "conf/experiment/toy_recorded.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n"
+        "  - override /task: toy\n"
+        "  - override /provider: scripted\n"
+        "  - override /meta: pydantic_ai\n"
+        "meta: {model: scripted-1}\n"
+        "generations: 2\n"
+        "gateway: {mode: replay, recording: recordings/toy}\n"
+    )
+    cells = {"task": ["toy"], "arm": ["recorded"], "seed": [0]}
+    project.params(paper={"levers": PAPER["levers"], "search": cells})
+    project.repro("exam_search")
+    run = project.path("toy-recorded-s0")
+    assert rundir.records(run) == rundir.records(project.root / "recordings/toy")
+    elsewhere = project.run(
+        sys.executable, "-m", "sia.pipeline", "run", "runs/paper/toy-recorded-s0",
+        "experiment=toy_recorded", "seed=0", SIA_SCRIPTED_URL="http://127.0.0.1:1",
+    )  # fmt: skip
+    assert elsewhere.stdout.startswith("finished")
 
 
 def test_a_paid_cell_needs_a_cap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
