@@ -200,6 +200,26 @@ def test_a_recorded_run_of_a_language_model_is_repeated_without_it(tmp_path: Pat
     assert elsewhere.stdout.startswith("finished")
 
 
+def without(run: Path, key: str) -> None:
+    path = run / "config.yaml"
+    path.write_text(
+        yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if k != key})
+    )
+
+
+def test_an_option_that_came_after_the_run_is_no_other_meaning_at_its_default(
+    finished: Project, tmp_path: Path
+) -> None:
+    cell = ["experiment=toy_best_of_n", "seed=1", "generations=2"]
+    run = shutil.copytree(finished.path("toy-best_of_n-s1"), tmp_path / "run")
+    without(run, "levers")
+    assert prepare(run, cell) is None
+    without(run, "seed")  # 1 is not its default
+    assert prepare(run, cell) == [*cell, f"hydra.run.dir={run}"]
+    assert not run.exists()
+    assert len(list((tmp_path / "replaced").iterdir())) == 1
+
+
 def test_a_paid_cell_needs_a_cap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cell = ["task=toy", "meta=claude", "provider=anthropic"]
     monkeypatch.setenv("ANTHROPIC_API_KEY", "not-a-key")
