@@ -332,6 +332,25 @@ class KeepBestConfig(SearchConfig):
 
 
 @dataclass
+class ArchiveConfig(SearchConfig):
+    """search=archive; the fields are explained in `sia.search.tree`."""
+
+    _target_: str = "sia.search.Archive"
+    candidates: int = 2
+    steepness: float = 10.0
+    midpoint: float = 0.5
+
+
+@dataclass
+class PuctConfig(SearchConfig):
+    """search=puct; the fields are explained in `sia.search.tree`."""
+
+    _target_: str = "sia.search.Puct"
+    candidates: int = 2
+    exploration: float = 1.0
+
+
+@dataclass
 class FeedbackConfig:
     """Group `feedback`."""
 
@@ -505,7 +524,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "entropic": EntropicConfig,
         "dpo": DpoConfig,
     },
-    "search": {"chain": ChainConfig, "keep_best": KeepBestConfig},
+    "search": {
+        "chain": ChainConfig,
+        "keep_best": KeepBestConfig,
+        "archive": ArchiveConfig,
+        "puct": PuctConfig,
+    },
     "feedback": {
         "scores": ScoresConfig,
         "blind": BlindConfig,
@@ -532,6 +556,12 @@ def register() -> None:
     OmegaConf.register_new_resolver("sia_token", lambda: TOKEN, replace=True)
     OmegaConf.register_new_resolver(
         "sia_folder", lambda path: Path(path).expanduser().resolve().name, replace=True
+    )
+    # Generations of so many candidates that need so many evaluations, the first harness included.
+    OmegaConf.register_new_resolver(
+        "sia_generations",
+        lambda evaluations, candidates: 1 + (evaluations - 1) // candidates,
+        replace=True,
     )
     OmegaConf.register_new_resolver(
         "sia_run_dir", lambda resume, fresh: resume or fresh, replace=True

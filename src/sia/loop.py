@@ -1,10 +1,10 @@
 """The generation loop: a generator over Protocols, with no I/O of its own.
 
     for each generation:
-        parent     = search.parent(results)
-        candidates = meta.propose(a copy of the parent's harness), one or several
+        parents    = search.parents(results)      one for each candidate
+        candidates = meta.propose(a copy of the parent's harness)
                      or, if that was decided, weights.update(the parent's policy), its harness as is
-        attempts   = target.run(candidate)        side by side
+        attempts   = target.run(candidate)        side by side, and so are the updates
         evaluation = verifier.verify(submission)  on the dev labels
         incumbent  = best by dev score; a tie or a loss keeps it
         decision   = meta.decide(what feedback shows)
@@ -77,7 +77,7 @@ class Limits:
 
     Attributes:
         generations: At most so many, the first harness included.
-        workers: Attempts that run side by side.
+        workers: Attempts, with the updates before them, that run side by side.
         attempt_s: Deadline of one attempt.
         update_s: Deadline of one update of the weights.
         wall_s: Budget of the whole run, earlier sessions included; None for no limit.
@@ -92,11 +92,15 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """A generation begins."""
+    """A generation begins.
+
+    Attributes:
+        parents: Of its candidates, each once, in their order; empty for the first harness.
+    """
 
     generation: int
     decision: Decision
-    parent: Candidate | None
+    parents: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,28 +182,29 @@ def _generation(
     index: int,
     decision: Decision,
 ) -> Iterator[Event]:
-    parent = parts.search.parent(memory.results, parts.metric)
-    parent_candidate = parent.candidate if parent else None
-    yield Started(generation=index, decision=decision, parent=parent_candidate)
+    parents = _parents(parts, memory, index)
+    if retrains := decision.lever is Lever.WEIGHTS:
+        parents = _to_retrain(parents)
+    different = {parent.id: parent for parent in parents if parent}
+    yield Started(generation=index, decision=decision, parents=tuple(different.values()))
 
     candidates: list[Candidate] = []
-    retrains = decision.lever is Lever.WEIGHTS
-    for k in range(1 if retrains or index == 0 else parts.search.candidates):
+    for k, parent in enumerate(parents):
         candidate = parts.journal.step(
             f"{index:04}/{k}/candidate",
             Candidate,
-            lambda k=k: (  # type: ignore[misc]
-                _retrain(parts, index, decision, parent_candidate)
+            lambda k=k, parent=parent: (  # type: ignore[misc]
+                _retrain(parts, index, k, decision, parent)
                 if retrains
-                else _propose(parts, memory, index, k, decision, parent_candidate, candidates)
+                else _propose(parts, memory, index, k, decision, parent, candidates)
             ),
         )
         candidates.append(candidate)
         yield Proposed(candidate=candidate)
 
     waiting: set[Future[Result]] = {
-        pool.submit(_try, parts, limits, candidate, parent_candidate)
-        for candidate in candidates
+        pool.submit(_try, parts, limits, candidate, parent)
+        for candidate, parent in zip(candidates, parents, strict=True)
         if candidate.duplicate_of is None
     }
     results: dict[str, Result] = {}
@@ -226,11 +231,27 @@ def _generation(
     yield Closed(generation=generation, incumbent=memory.incumbent)
 
 
+def _parents(parts: Parts, memory: _Memory, index: int) -> list[Candidate | None]:
+    """What each candidate of a generation is made from; None is the first harness."""
+    rng = seeds.stream(parts.seed, f"search/{index}")
+    found = parts.search.parents(memory.results, parts.metric, rng)
+    if not found:
+        return [None] * (parts.search.candidates if index else 1)
+    return [result.candidate for result in found]
+
+
+def _to_retrain(parents: Sequence[Candidate | None]) -> list[Candidate | None]:
+    """The first parent with each policy: another update of the same one differs by chance alone."""
+    first: dict[str, Candidate | None] = {}
+    for parent in parents:
+        first.setdefault(parent.policy if parent else "", parent)
+    return list(first.values())
+
+
 def _decide(parts: Parts, memory: _Memory, index: int) -> Decision:
-    parent = parts.search.parent(memory.results, parts.metric)
     question = Question(
         generation=index,
-        parent=parent.candidate if parent else None,
+        parent=_parents(parts, memory, index + 1)[0],
         folder=parts.workspaces.decision(index),
         history=tuple(memory.shown),
         levers=parts.levers,
@@ -282,8 +303,9 @@ def _propose(
             problem=str(problem),
         )
     policy = parent.policy if parent else ""
-    earlier = memory.by_digest.get((digest, policy))
-    same = next((sibling for sibling in siblings if sibling.harness_sha256 == digest), None)
+    made_of = (digest, policy)
+    same = next((one for one in siblings if (one.harness_sha256, one.policy) == made_of), None)
+    earlier = memory.by_digest.get(made_of)
     twin = earlier.candidate.id if earlier else same.id if same else None
     return Candidate(
         id=identity,
@@ -297,9 +319,11 @@ def _propose(
     )
 
 
-def _retrain(parts: Parts, index: int, decision: Decision, parent: Candidate | None) -> Candidate:
+def _retrain(
+    parts: Parts, index: int, k: int, decision: Decision, parent: Candidate | None
+) -> Candidate:
     """The parent's harness as it is, to be run with a policy that is updated first."""
-    identity = f"g{index:03}-c0"
+    identity = f"g{index:03}-c{k}"
     proposal = Proposal(
         hypothesis=decision.hypothesis,
         evidence=decision.evidence,
@@ -307,11 +331,11 @@ def _retrain(parts: Parts, index: int, decision: Decision, parent: Candidate | N
         source=f"weights:{decision.recipe}",
         changes={"recipe": decision.recipe, **decision.settings},
     )
-    workspace = parts.workspaces.open(index, 0, parent)
+    workspace = parts.workspaces.open(index, k, parent)
     return Candidate(
         id=identity,
         generation=index,
-        index=0,
+        index=k,
         parent=parent.id if parent else None,
         proposal=proposal,
         harness_sha256=parts.workspaces.seal(workspace, parent, proposal),
@@ -355,6 +379,9 @@ def _try(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate |
 def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None) -> Update:
     proposal = candidate.proposal
     settings = {name: value for name, value in proposal.changes.items() if name != "recipe"}
+    stream = f"weights/{candidate.generation}"
+    if candidate.index > 0:
+        stream += f"/{candidate.index}"
     out = parts.workspaces.policy(candidate)
     assert out is not None  # it names its own
     update = parts.weights.update(
@@ -363,7 +390,7 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         settings=settings,
         parent=parts.workspaces.policy(parent) if parent else None,
         out=out,
-        seed=seeds.stream_seed(parts.seed, f"weights/{candidate.generation}"),
+        seed=seeds.stream_seed(parts.seed, stream),
         deadline_s=_deadline(parts, limits, limits.update_s),
     )
     if _spent(parts, limits):

@@ -89,12 +89,12 @@ class Progress:
         with self._lock:
             self._since = time.monotonic()
             if isinstance(event, Started):
-                parent = event.parent.id if event.parent else "the first harness"
+                ids = ",".join(parent.id for parent in event.parents) or "the first harness"
                 self._now = (
-                    f"generation {event.generation}, {event.decision.lever} lever: from {parent}"
+                    f"generation {event.generation}, {event.decision.lever} lever: from {ids}"
                 )
                 self._line(
-                    f"generation {event.generation}  lever={event.decision.lever}  parent={parent}"
+                    f"generation {event.generation}  lever={event.decision.lever}  parent={ids}"
                 )
             elif isinstance(event, Proposed):
                 trains = event.candidate.lever is Lever.WEIGHTS

@@ -58,7 +58,7 @@ def play(console: Console, *, spent: Callable[[], dict[Role, Spend]] | None = No
     )
     with view:
         decision = Decision(lever=Lever.HARNESS, hypothesis="h")
-        view.update(Started(generation=0, decision=decision, parent=None))
+        view.update(Started(generation=0, decision=decision, parents=()))
         view.update(Proposed(candidate=candidate))
         view.update(Scored(result=result))
         view.update(Closed(generation=closed, incumbent=result))

@@ -2,16 +2,18 @@
 
 It needs no language model and imitates none. Every proposal is one of three kinds:
 
-1. a *move*: an expert's answer to a symptom that the evaluation of the incumbent shows, declared in
+1. a *move*: an expert's answer to a symptom that the evaluation of the parent shows, declared in
    `space.yaml`, tried in the order given and at most once each;
 2. the refused moves *together*, once, when no single one is left: steps that lose alone may pay
    together, and keeping the best of single steps would never find that out;
-3. a *trial*: a few knobs of the incumbent turned to values that Optuna's tree-structured Parzen
+3. a *trial*: a few knobs of the parent turned to values that Optuna's tree-structured Parzen
    estimator suggests from all scored candidates.
+
+The parent need not be the incumbent; a move that was used and that it lacks counts as refused.
 
 A configuration that was tried before is recognised and never proposed again. The plateau rule:
 stop when the last `patience` generations brought no gain of at least `min_gain` over the best
-before them, or when the space is exhausted.
+before them, or when the space around the parent that comes next is exhausted.
 
 The study is told every scored candidate and lies in the run directory (`meta/study.log`, Optuna's
 journal format). It is rebuilt from the records when a run is resumed, so that what is proposed is a
@@ -100,7 +102,8 @@ class OptunaBackend:
     def decide(self, question: Question) -> Decision:
         """Applies the plateau rule."""
         history = question.history
-        exhausted = history[-1].reason == EXHAUSTED
+        last, parent = history[-1], question.parent.id if question.parent else None
+        exhausted = last.reason == EXHAUSTED and last.candidate.parent == parent
         best, since = _plateau(history, question.metric, self._min_gain)
         if update := self._update(question, best, since, exhausted=exhausted):
             return update
@@ -216,7 +219,7 @@ class OptunaBackend:
         base: Knobs,
         rng: np.random.Generator,
     ) -> Knobs:
-        """The incumbent with a few active knobs set to what the sampler suggests."""
+        """The parent with a few active knobs set to what the sampler suggests."""
         names = [name for name, knob in space.knobs.items() if knob.active(base)]
         turned = rng.permutation(len(names))[: int(rng.integers(1, self._knobs_per_trial + 1))]
         queue = [names[i] for i in sorted(turned)]

@@ -20,7 +20,7 @@ class Request:
             be edited in place. The only folder the backend may write to.
         parent: What the copy was made from; None for generation 0.
         history: All earlier candidates, oldest first, as far as `feedback` shows them.
-        siblings: Proposals already made for this same generation.
+        siblings: Proposals already made for this same generation, maybe from other parents.
         state: A folder that the backend may keep files of its own in; survives a resume.
         metric: What the scores in `history` mean.
         seed: For every random choice of this proposal; a function of run seed, generation and
@@ -45,7 +45,7 @@ class Question:
 
     Attributes:
         generation: The one that was closed last; the decision is about the one after it.
-        parent: What the next harness will be made from.
+        parent: What the next harness will be made from; of several, the first.
         folder: For what the backend wants to keep of this decision (prompt, transcript).
         history: All candidates, oldest first, as far as `feedback` shows them; never empty.
         levers: What may be chosen.
