@@ -557,12 +557,13 @@ def register() -> None:
     OmegaConf.register_new_resolver(
         "sia_folder", lambda path: Path(path).expanduser().resolve().name, replace=True
     )
-    # Generations of so many candidates that need so many evaluations, the first harness included.
-    OmegaConf.register_new_resolver(
-        "sia_generations",
-        lambda evaluations, candidates: 1 + (evaluations - 1) // candidates,
-        replace=True,
-    )
+    OmegaConf.register_new_resolver("sia_generations", _generations, replace=True)
     OmegaConf.register_new_resolver(
         "sia_run_dir", lambda resume, fresh: resume or fresh, replace=True
     )
+
+
+def _generations(evaluations: int, *, _root_: Any) -> int:
+    """How many generations make so many evaluations, the one of the first harness included."""
+    candidates = OmegaConf.select(_root_, "search.candidates", default=1)
+    return 1 + (evaluations - 1) // int(candidates)

@@ -24,6 +24,7 @@ GROUPS = (
 # What an option cannot do without, and where it cannot be built on every machine.
 NEEDS = {
     "meta=replay": ["meta.run=RECORDED"],
+    "experiment=meta_comparison": ["meta.run=RECORDED"],
     "target=hf": ["target.model=x"],
     "target=llm": ["target.model=x", "provider=ollama"],
     "target=smollm2": ["task=gpqa"],
@@ -139,6 +140,18 @@ def test_values_out_of_range_are_reported_together(composed: Callable) -> None:
     with pytest.raises(ConfigError) as error:
         build.check(cfg)
     assert str(error.value).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("search", "generations"),
+    [("chain", 25), ("keep_best", 25), ("best_of_n", 7), ("archive", 13), ("puct", 13)],
+)
+def test_the_searches_are_compared_at_the_same_number_of_evaluations(
+    search: str, generations: int, composed: Callable
+) -> None:
+    cfg = composed(["experiment=search_ablation", f"search={search}"])
+    assert cfg.generations == generations
+    assert 1 + (cfg.generations - 1) * cfg.search.get("candidates", 1) == 25
 
 
 @pytest.mark.parametrize("option", ["folder", "external", "harbor"])
