@@ -166,6 +166,38 @@ def test_later_edits_of_the_harness_keep_the_policy(sia: Sia, tmp_path: Path) ->
     assert {r.get("policy") for r in after} == {made[updated[0]]["policy"]}
 
 
+def overlap(run: Path, *keys: str) -> bool:
+    """Whether both steps were under way at one time."""
+    lines = {line.key: line for line in rundir.read_journal(run)}
+    one, other = (lines[key] for key in keys)
+    return max(line.elapsed_s - line.wall_s for line in (one, other)) < min(
+        one.elapsed_s, other.elapsed_s
+    )
+
+
+def test_the_policies_of_several_parents_are_updated_side_by_side(sia: Sia, tmp_path: Path) -> None:
+    """Parents with one policy share an update; those with two get one each, from their own."""
+    args = (
+        ONLY_WEIGHTS, "search=archive", "search.candidates=4", "search.steepness=0",
+        "generations=3", "meta.max_updates=9", "+weights.recipes.grpo={steps: 5}",
+    )  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    records = finished(sia(*args, "workers=1", folder="one"), one)
+    assert finished(sia(*args, "workers=2", folder="two"), two) == records
+    assert [key for key in records if key.endswith("/update")] == [
+        "0001/0/update", "0002/0/update", "0002/1/update",
+    ]  # fmt: skip
+    made = [records[f"0002/{k}/candidate"] for k in (0, 1)]
+    assert {candidate["parent"] for candidate in made} == {"g000-c0", "g001-c0"}
+    for candidate in made:
+        policy = two / "gen-002" / f"cand-{candidate['index']}" / "policy"
+        began = json.loads((policy / "fold0" / "update.json").read_text())["parent"]
+        first = str(two / "gen-001/cand-0/policy/fold0")
+        assert began == (first if candidate["parent"] == "g001-c0" else None)
+    assert overlap(two, "0002/0/update", "0002/1/update")
+    assert not overlap(one, "0002/0/update", "0002/1/update")
+
+
 def test_an_update_cannot_open_what_the_verifier_knows(
     sia: Sia, task: Path, tmp_path: Path
 ) -> None:

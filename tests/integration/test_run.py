@@ -101,10 +101,20 @@ def test_a_run_improves_the_target_and_leaves_its_records(sia: Sia, tmp_path: Pa
     assert "resume" not in (run / "config.yaml").read_text()
 
 
+def parents(run: Path) -> list[set[str]]:
+    """The parents of each generation after the first."""
+    found: dict[int, set[str]] = {}
+    for key, record in rundir.records(run).items():
+        if key.endswith("/candidate") and record["generation"] > 0:
+            found.setdefault(record["generation"], set()).add(record["parent"])
+    return [found[generation] for generation in sorted(found)]
+
+
+@pytest.mark.parametrize("search", ["best_of_n", "archive", "puct"])
 def test_the_same_seed_makes_the_same_records_with_one_worker_or_two(
-    sia: Sia, tmp_path: Path
+    sia: Sia, tmp_path: Path, search: str
 ) -> None:
-    args = [*QUICK, "search=best_of_n", "search.candidates=3", "generations=4"]
+    args = [*QUICK, f"search={search}", "search.candidates=3", "generations=4"]
     assert sia(*args, "workers=1", folder="one").returncode == 0
     assert sia(*args, "workers=2", folder="two").returncode == 0
     assert sia(*args, "workers=1", "seed=1", folder="other").returncode == 0
@@ -112,18 +122,21 @@ def test_the_same_seed_makes_the_same_records_with_one_worker_or_two(
     assert one == two
     assert len(one) == 4 + 3 + 10 * 3  # generations, decisions; candidates, attempts, evaluations
     assert one != rundir.records(tmp_path / "other")
+    several = any(len(named) > 1 for named in parents(tmp_path / "one"))
+    assert several == (search != "best_of_n")
 
 
-def test_ten_kills_at_random_moments_change_no_record_and_repeat_no_step(
-    sia: Sia, tmp_path: Path
+@pytest.mark.parametrize(("search", "kills"), [("best_of_n", 10), ("archive", 3), ("puct", 3)])
+def test_kills_at_random_moments_change_no_record_and_repeat_no_step(
+    sia: Sia, tmp_path: Path, search: str, kills: int
 ) -> None:
-    args = [*QUICK, "search=best_of_n", "search.candidates=2", "workers=2", "generations=16"]
+    args = [*QUICK, f"search={search}", "search.candidates=2", "workers=2", "generations=16"]
     assert sia(*args, folder="unbroken").returncode == 0
     rng = random.Random(0)
     broken = tmp_path / "broken"
     process = start(tmp_path, *args, f"hydra.run.dir={broken}")
     wait_for((broken / "journal.jsonl").exists)
-    for _ in range(10):
+    for _ in range(kills):
         wait_for_growth(broken, process)
         time.sleep(rng.uniform(0, 0.25))
         assert process.poll() is None, process.communicate()
