@@ -256,6 +256,29 @@ def test_a_replay_repeats_the_records_of_a_run(sia: Sia, tmp_path: Path) -> None
     assert "is not what was recorded" in done.stderr
 
 
+def test_recorded_runs_are_compared_again_and_only_with_their_own_search(
+    sia: Sia, tmp_path: Path
+) -> None:
+    recorded = [*QUICK, "search=puct", "generations=3"]
+    assert sia(*recorded, folder="optuna").returncode == 0
+    assert sia(*recorded, "meta=scripted", folder="scripted").returncode == 0
+    again = ("-m", "experiment=meta_comparison", "meta.run=optuna,scripted", "hydra.sweep.dir=both")
+    done = sia(*again, *recorded)
+    assert done.returncode == 0, done.stderr
+    for number, name in enumerate(("optuna", "scripted")):
+        expected = rundir.records(tmp_path / name)
+        assert rundir.records(tmp_path / "both" / str(number)) == expected
+        assert "0002/1/evaluation" in expected
+    for search, difference in (
+        ("chain", "optuna has g001-c0, g001-c1, not g001-c0: to be replayed, it needs the task"),
+        ("archive", "not g00"),
+    ):
+        args = (*QUICK, "generations=3", "meta=replay", "meta.run=optuna", f"search={search}")
+        other = sia(*args, folder=search)
+        assert other.returncode == 2, search
+        assert difference in other.stderr
+
+
 def test_a_time_budget_ends_the_run_cleanly(sia: Sia, tmp_path: Path) -> None:
     done = sia(*QUICK, "generations=500", "meta=scripted", "budget.wall_s=2")
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -222,6 +223,23 @@ def test_an_exhausted_space_is_a_bad_proposal_and_then_a_stop(tmp_path: Path) ->
         backend.propose(search.request(siblings=(second,)))
     failed = Shown(candidate=candidate, outcome=Outcome.BAD_PROPOSAL, reason=EXHAUSTED, score=None)
     assert backend.decide(question([*search.history, failed])).lever is Lever.STOP
+
+
+def test_what_is_exhausted_is_the_neighbourhood_of_one_parent() -> None:
+    """A search may go on from another one, from where something is left to try."""
+    history = scored([0.5, 0.4])
+    parents = [past.candidate for past in history]
+    failed = Candidate(
+        id="g002-c0", generation=2, index=0, parent="g001-c0", proposal=Proposal(hypothesis="")
+    )
+    history.append(
+        Shown(candidate=failed, outcome=Outcome.BAD_PROPOSAL, reason=EXHAUSTED, score=None)
+    )
+    levers = [
+        OptunaBackend().decide(replace(question(history), parent=parent)).lever
+        for parent in parents
+    ]
+    assert levers == [Lever.HARNESS, Lever.STOP]
 
 
 def scored(scores: Sequence[float]) -> list[Shown]:

@@ -7,8 +7,8 @@ from typing import TypeVar
 from sia.errors import BadProposal, MetaBackendError
 from sia.meta.protocol import Question, Request
 from sia.provenance import tree_sha256
-from sia.records import Candidate, Decision, Lever, Proposal, from_data
-from sia.rundir import candidate_dir, records
+from sia.records import Candidate, Decision, Generation, Lever, Proposal, from_data
+from sia.rundir import CONFIG_FILE, candidate_dir, records
 
 T = TypeVar("T")
 
@@ -26,11 +26,19 @@ class Replay:
         self._records = records(self._run)
 
     def propose(self, request: Request) -> Proposal:
-        """Puts the recorded harness into the workspace."""
+        """Puts the recorded harness into the workspace.
+
+        Raises:
+            MetaBackendError: The recording ends before, is damaged, or took another course.
+            BadProposal: So it was recorded.
+        """
         key = f"{request.generation:04}/{request.index}/candidate"
         candidate = self._record(key, Candidate)
         if candidate is None:
             raise MetaBackendError(f"{self._run} records no candidate for {key!r}.")
+        parent = request.parent.id if request.parent else None
+        if candidate.parent != parent:
+            raise self._other_course(f"made {candidate.id} from {candidate.parent}, not {parent}")
         if candidate.problem:
             raise BadProposal(candidate.problem)
         source = candidate_dir(self._run, request.generation, request.index) / "harness"
@@ -43,9 +51,26 @@ class Replay:
         return candidate.proposal
 
     def decide(self, question: Question) -> Decision:
-        """The recorded decision; stops where the recording ends."""
-        decision = self._record(f"{question.generation:04}/decision", Decision)
+        """The recorded decision; stops where the recording ends.
+
+        Raises:
+            MetaBackendError: The recorded generation has other candidates.
+        """
+        index = question.generation
+        closed = self._record(f"{index:04}/generation", Generation)
+        made = tuple(
+            past.candidate.id for past in question.history if past.candidate.generation == index
+        )
+        if closed is not None and closed.candidates != made:
+            raise self._other_course(f"has {', '.join(closed.candidates)}, not {', '.join(made)}")
+        decision = self._record(f"{index:04}/decision", Decision)
         return decision or Decision(lever=Lever.STOP, hypothesis="The recording ends here.")
+
+    def _other_course(self, difference: str) -> MetaBackendError:
+        return MetaBackendError(
+            f"{self._run} {difference}: to be replayed, it needs the task, the search and the seed "
+            f"that {self._run / CONFIG_FILE} holds."
+        )
 
     def _record(self, key: str, kind: type[T]) -> T | None:
         data = self._records.get(key)
