@@ -1,8 +1,8 @@
-"""`python -m sia.report RUN...`: what a run did and what the sealed test says, for people."""
+"""One run: what it did and what the sealed test says, for people."""
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +30,11 @@ HEADER = (
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m sia.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m sia.report",
+        description=__doc__,
+        epilog="Several runs as the arms of a paper: python -m sia.report arms --help",
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
     args = parser.parse_args(argv)
@@ -38,11 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = []
     try:
         for run in args.runs:
-            found = rundir.read_exam(run)
-            if found is None:
-                raise RunDirectoryError(
-                    f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
-                )
+            found = read_exam(run)
             show(console, run, found)
             texts.append(markdown(run, found))
     except SiaError as error:
@@ -52,6 +52,20 @@ def main(argv: list[str] | None = None) -> int:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_atomic(args.markdown, "\n\n".join(texts).encode())
     return 0
+
+
+def read_exam(run: Path) -> Exam:
+    """The exam of a run.
+
+    Raises:
+        RunDirectoryError: Its sealed test is still closed.
+    """
+    found = rundir.read_exam(run)
+    if found is None:
+        raise RunDirectoryError(
+            f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
+        )
+    return found
 
 
 def show(console: Console, run: Path, exam: Exam) -> None:
@@ -74,13 +88,13 @@ def markdown(run: Path, exam: Exam) -> str:
         [
             f"## {_title(run, exam)}",
             "",
-            *_markdown_table(_header(extra), _cells(exam, extra)),
+            *markdown_table(_header(extra), _cells(exam, extra)),
             "",
             _footer(run, exam),
             "",
             "### Candidates",
             "",
-            *_markdown_table(("candidate", "source", "dev", "incumbent", "changes"), _history(run)),
+            *markdown_table(("candidate", "source", "dev", "incumbent", "changes"), _history(run)),
             "",
         ]
     )
@@ -108,7 +122,7 @@ def _footer(run: Path, exam: Exam) -> str:
 
 def _extra_columns(exam: Exam) -> dict[str, str]:
     """Further metrics that the task wants in its table: metric -> header."""
-    task = _task(exam.task)
+    task = bundled_task(exam.task)
     return dict(task.facts.report) if task else {}
 
 
@@ -120,7 +134,7 @@ def _header(extra: dict[str, str]) -> tuple[str, ...]:
 def _cells(exam: Exam, extra: dict[str, str]) -> Iterator[tuple[str, ...]]:
     for row in exam.rows:
         yield _row_cells(row, extra)
-    task = _task(exam.task)
+    task = bundled_task(exam.task)
     for known in task.facts.published if task else ():
         blank = ("",) * (len(HEADER) - 4 + len(extra))
         yield (f"published: {known.name}", "", f"{known.score:.3f}", *blank, known.source)
@@ -161,14 +175,15 @@ def _history(run: Path) -> Iterator[tuple[str, ...]]:
         )  # fmt: skip
 
 
-def _markdown_table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table."""
     yield "| " + " | ".join(header) + " |"
     yield "|" + " --- |" * len(header)
     for row in rows:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
 
 
-def _task(name: str) -> Task | None:
+def bundled_task(name: str) -> Task | None:
     """The bundled task of that name; None for one that lives elsewhere."""
     folder, _, source = name.partition("@")
     try:
@@ -183,7 +198,3 @@ def _number(value: float | None) -> str:
 
 def _between(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
