@@ -1,7 +1,8 @@
-"""`python -m sia.pipeline config|run`: the cells of a paper, as stages of dvc.yaml call them.
+"""`python -m sia.pipeline config|run|table`: the cells of a paper.
 
     config FILE OVERRIDE...   writes what the cell means: its fingerprint
     run RUN OVERRIDE...       makes the cell's run, goes on with it, or finds it finished
+    table RECORDS ...         tables and figures of the examined cells TASK-ARM-sSEED
 
 A cell is one configuration with one seed. DVC re-runs a stage when a file that it depends on has
 changed; the files in `conf/` change for many reasons that change no run. So a cheap stage composes
@@ -24,6 +25,7 @@ from sia import build, loop, provenance, rundir
 from sia.compose import composed
 from sia.config import Config, register
 from sia.errors import ConfigError, RunDirectoryError, SiaError
+from sia.report import arms as report
 from sia.tasks import Task, data
 from sia.tasks.task import TaskFacts
 
@@ -47,8 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         sub = commands.add_parser(name)
         sub.add_argument("path", type=Path, metavar=path.upper())
         sub.add_argument("overrides", nargs="+", metavar="OVERRIDE")
+    table = commands.add_parser("table")
+    table.add_argument("path", type=Path, metavar="RECORDS")
+    table.add_argument("--out", type=Path, required=True)
+    for name in ("task", "arm", "seed"):
+        table.add_argument(f"--{name}", nargs="+", required=True, help="as in params.yaml")
     args = parser.parse_args(argv)
     try:
+        if args.command == "table":
+            write_tables(args.path, args.out, args.task, args.arm, args.seed)
+            return 0
         if args.command == "config":
             args.path.parent.mkdir(parents=True, exist_ok=True)
             rundir.write_atomic(args.path, fingerprint(args.overrides).encode())
@@ -128,6 +138,31 @@ def prepare(run: Path, overrides: Sequence[str]) -> list[str] | None:
         print(f"examined  {run}")
         return None
     return [f"resume={run}", *capped]
+
+
+def write_tables(
+    records: Path, out: Path, tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[str]
+) -> None:
+    """Writes `out`/TASK with tables and figures of the cells, and of no others that lie there.
+
+    Args:
+        records: Holds `TASK-ARM-sSEED`, from `python -m sia.exam --records`.
+        out: Made anew.
+        tasks: Each gets tables of its own.
+        arms: In the order of the tables.
+        seeds: Of every arm.
+
+    Raises:
+        RunDirectoryError: A cell is missing, or cannot be compared with the others.
+    """
+    named = [
+        f"{arm}=" + ",".join(str(records / f"{task}-{arm}-s{k}") for task in tasks for k in seeds)
+        for arm in arms
+    ]
+    made = list(report.reports((), named))
+    rundir.remove_tree(out)
+    for each in made:
+        report.write(each, out / each.task)
 
 
 def _meaning(cfg: Config) -> dict[str, Any]:

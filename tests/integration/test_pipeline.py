@@ -14,7 +14,7 @@ import yaml
 from sia import rundir
 from sia.errors import ConfigError, RunDirectoryError
 from sia.gateway.scripted import read_rules, serving
-from sia.pipeline import fingerprint, prepare
+from sia.pipeline import fingerprint, prepare, write_tables
 from sia.rundir import read_info, read_journal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ class Project:
         return self.root / "runs/paper" / cell
 
 
-TARGETS = ("exam_levers", "exam_search")
+TARGETS = ("table_levers", "table_search")
 
 
 @pytest.fixture(scope="module")
@@ -160,13 +160,30 @@ def test_a_killed_stage_goes_on_where_it_was(tmp_path: Path) -> None:
     assert result.status == "finished"
 
 
-def test_the_table_is_made_from_records_alone(finished: Project) -> None:
+def test_the_tables_are_made_from_records_alone(finished: Project, tmp_path: Path) -> None:
     """What `dvc pull` of the exams gives is enough: no run, no data."""
     records = finished.root / "build/exams"
     assert sorted(path.name for path in records.iterdir()) == sorted(CELLS)
     for cell in CELLS:
         names = {path.name for path in (records / cell).iterdir()}
         assert names == {"run.json", "config.yaml", "journal.jsonl", "result.json", "exam.json"}
+    made = finished.root / "reports/paper/search/toy"
+    table = (made / "arms.md").read_text()
+    for cell in CELLS[1:]:
+        assert read_info(finished.path(cell)).run_id in table
+    assert "| reference |" in table
+
+    elsewhere = shutil.copytree(records, tmp_path / "exams")
+    shutil.copytree(elsewhere / CELLS[0], elsewhere / "toy-dropped-s0")  # of an arm that is no more
+    write_tables(elsewhere, tmp_path / "out", ["toy"], ["best_of_n"], ["0", "1"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out/toy").iterdir()} == {
+        path.name: path.read_bytes() for path in made.iterdir()
+    }
+
+
+def test_a_missing_cell_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="toy-harness-s0"):
+        write_tables(tmp_path, tmp_path / "out", ["toy"], ["harness"], ["0"])
 
 
 def test_a_recorded_run_of_a_language_model_is_repeated_without_it(tmp_path: Path) -> None:
