@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,11 @@ from sia.report.tables import (
     p_value,
     signed,
 )
-from sia.verify.stats import Array, mean_interval
+from sia.verify.stats import Array
 
 DRAWS = 10_000  # of a bootstrap
 OPTIMISM_DRAWS = 1_000
 REFERENCE_ARM = "reference"
-BETTER, WORSE, NOISE = "better", "worse", "within noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +94,11 @@ class Comparison:
 
     Attributes:
         gain: Positive where the arm is better, whichever way the metric points.
-        low: Of the 95 % interval for new seeds and items; with one seed, for new items alone.
-        these_low: Of the 95 % interval for new items with these very runs: the paired bootstrap.
-        p: Two-sided, for new seeds and items; with one seed that of `p_items`.
+        low, high, these_low, these_high, p, p_items, detectable: As in `sia.report.stats.Gain`.
         p_holm: Adjusted for all comparisons of the table.
-        p_items: Exact paired test on items, for these very runs.
         floor: What two equally good arms differ by, from repeats of the baselines; None where
             nothing was repeated.
-        detectable: The true gain that so many seeds and items would find in four of five tries.
+        verdict: As in `sia.report.stats.Claim`.
     """
 
     task: str
@@ -272,15 +268,8 @@ def _report(task: str, runs: Mapping[str, Sequence[Examined]], against: Sequence
         (arm, other)
         for index, arm in enumerate(arms[1:], 1)
         for other in ([each for each in arms if each.name in against] if against else arms[:index])
-        if other is not arm
+        if other is not arm and arm.runs.keys() & other.runs.keys()
     ]
-    comparisons = _adjusted(
-        [
-            found
-            for arm, other in pairs
-            if (found := _compare(task, arm, other, repeats, maximize)) is not None
-        ]
-    )
     traced = [f"{arm.name}: {', '.join(arm.ids)}." for arm in arms[1:]]
     missing = [
         f"Left out, without a test score: {run.info.run_id} ({run.path})." for run in left_out
@@ -301,7 +290,7 @@ def _report(task: str, runs: Mapping[str, Sequence[Examined]], against: Sequence
                 name="comparisons",
                 title=f"{task}: gains on the sealed test",
                 columns=_COMPARISON_COLUMNS,
-                rows=comparisons,
+                rows=_comparisons(task, pairs, repeats, maximize),
                 notes=[*_COMPARISON_NOTES, _floor_note(repeats)],
             ),
             Table(
@@ -459,81 +448,64 @@ def _optimism(runs: Sequence[Examined], sign: float) -> float | None:
     return float(np.mean(found))
 
 
-def _compare(
-    task: str, arm: Arm, other: Arm, repeats: Mapping[str, Array], maximize: bool
-) -> Comparison | None:
-    """None where the two have no seed in common."""
-    shared = [seed for seed in arm.runs if seed in other.runs]
-    if not shared:
-        return None
-    # The reference is paired with the row of the very exam.
-    of_reference = other.name == REFERENCE_ARM
-    before = scores_on_test(arm if of_reference else other, shared, other.row)
+def _comparisons(
+    task: str, pairs: Sequence[tuple[Arm, Arm]], repeats: Mapping[str, Array], maximize: bool
+) -> list[Comparison]:
+    """A row for each pair, over the seeds that both have."""
+    gains, floors, sizes = [], [], []
+    for arm, other in pairs:
+        differences = _differences(arm, other) * (1.0 if maximize else -1.0)
+        rng = seeds.stream(0, f"report/{task}/{arm.name}/{other.name}")
+        gains.append(stats.paired_gain(differences, draws=DRAWS, rng=rng))
+        n_seeds = len(differences)
+        floors.append(
+            max((stats.noise_floor(each, seeds=n_seeds) for each in repeats.values()), default=None)
+        )
+        sizes.append(differences.shape)
+    return [
+        Comparison(
+            task=task,
+            arm=arm.name,
+            against=other.name,
+            seeds=n_seeds,
+            items=n_items,
+            gain=gain.value,
+            se=gain.se,
+            low=gain.low,
+            high=gain.high,
+            these_low=gain.these_low,
+            these_high=gain.these_high,
+            p=gain.p,
+            p_holm=claim.p_holm,
+            p_items=gain.p_items,
+            floor=floor,
+            detectable=gain.detectable,
+            verdict=claim.verdict,
+            runs=tuple(
+                run.info.run_id
+                for each in ((arm,) if other.name == REFERENCE_ARM else (arm, other))
+                for seed in _shared(arm, other)
+                for run in each.runs[seed]
+            ),
+        )
+        for (arm, other), (n_seeds, n_items), gain, floor, claim in zip(
+            pairs, sizes, gains, floors, stats.claims(gains, floor=floors), strict=True
+        )
+    ]
+
+
+def _shared(arm: Arm, other: Arm) -> list[int]:
+    return [seed for seed in arm.runs if seed in other.runs]
+
+
+def _differences(arm: Arm, other: Arm) -> Array:
+    """Shape (seeds, items): arm minus the other, or the reference in the arm's own exams."""
+    shared = _shared(arm, other)
     after = scores_on_test(arm, shared, arm.row)
+    before = scores_on_test(arm if other.name == REFERENCE_ARM else other, shared, other.row)
     if before.shape != after.shape:  # the items of one are not known
         before, after = (each.mean(1, keepdims=True) for each in (before, after))
-    differences = (after - before) * (1.0 if maximize else -1.0)
-    found = stats.crossed(differences)
-    low, high, p, p_items = found.low, found.high, found.p, None
-    these_low = these_high = None
-    if differences.shape[1] > 1:
-        name = f"report/{task}/{arm.name}/{other.name}"
-        of_items = differences.mean(0)
-        these = mean_interval(of_items, draws=DRAWS, rng=seeds.stream(0, name))
-        these_low, these_high = these.low, these.high
-        p_items = stats.paired_test(of_items, rng=seeds.stream(0, f"{name}/test"))
-        if len(shared) == 1:
-            low, high, p = these_low, these_high, p_items
-    return Comparison(
-        task=task,
-        arm=arm.name,
-        against=other.name,
-        seeds=len(shared),
-        items=differences.shape[1],
-        gain=found.value,
-        se=found.se,
-        low=low,
-        high=high,
-        these_low=these_low,
-        these_high=these_high,
-        p=p,
-        p_holm=None,
-        p_items=p_items,
-        floor=max(
-            (stats.noise_floor(each, seeds=len(shared)) for each in repeats.values()), default=None
-        ),
-        detectable=found.detectable,
-        verdict=NOISE,
-        runs=tuple(
-            run.info.run_id
-            for each in ((arm,) if of_reference else (arm, other))
-            for seed in shared
-            for run in each.runs[seed]
-        ),
-    )
-
-
-def _adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """With p adjusted for all of them, and what may be claimed."""
-    known = [each.p for each in comparisons if each.p is not None]
-    adjusted = iter(stats.holm(known))
-    found = []
-    for each in comparisons:
-        p_holm = next(adjusted) if each.p is not None else None
-        found.append(replace(each, p_holm=p_holm, verdict=verdict(each, p_holm)))
-    return found
-
-
-def verdict(comparison: Comparison, p_holm: float | None) -> str:
-    """`better` or `worse` where interval, adjusted p and noise floor all agree."""
-    low, high = comparison.low, comparison.high
-    if low is None or high is None or p_holm is None:
-        return NOISE
-    if p_holm >= 1 - stats.LEVEL or low <= 0 <= high:
-        return NOISE
-    if abs(comparison.gain) <= (comparison.floor or 0.0):
-        return NOISE
-    return BETTER if comparison.gain > 0 else WORSE
+    return after - before
 
 
 def _run_row(task: str, arm: str, run: Examined) -> RunRow:

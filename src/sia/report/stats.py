@@ -12,18 +12,19 @@ they are too much alike. The intervals here come from the components of variance
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
-from sia.verify.stats import Array
+from sia.verify.stats import Array, mean_interval
 
 LEVEL = 0.95
 POWER = 0.8
 RESAMPLES = 9_999  # of a permutation test: p is never below 1 / 10,000
 SMALLEST_P = 1e-12
+BETTER, WORSE, NOISE = "better", "worse", "within noise"
 POOLING_SEEDS = 3  # with fewer, a small spread of seeds says nothing
 
 
@@ -46,6 +47,38 @@ class Estimate:
     high: float | None = None
     p: float | None = None
     detectable: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What one arm is worth over another.
+
+    Attributes:
+        low: Of the 95 % interval for new seeds and items; with one seed, for new items alone.
+        these_low: Of the 95 % interval for new items with these very runs: the paired bootstrap.
+            None where the scores of single items are not known.
+        p: Two-sided, for new seeds and items; with one seed that of `p_items`.
+        p_items: Exact paired test on items, for these very runs.
+        detectable: As in `Estimate`.
+    """
+
+    value: float
+    se: float | None
+    low: float | None
+    high: float | None
+    these_low: float | None
+    these_high: float | None
+    p: float | None
+    p_items: float | None
+    detectable: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What may be said of a gain beside others; `verdict` is `better`, `worse`, `within noise`."""
+
+    p_holm: float | None
+    verdict: str
 
 
 def crossed(*blocks: Array) -> Estimate:
@@ -90,7 +123,9 @@ def crossed(*blocks: Array) -> Estimate:
     if not parts:
         return Estimate(value=value)
     half = _half_width(parts, 1 - LEVEL)
-    power = [stats.t.ppf(1 - (1 - LEVEL) / 2, df) + stats.t.ppf(POWER, df) for _, df in parts]
+    power = [
+        special.stdtrit(df, 1 - (1 - LEVEL) / 2) + special.stdtrit(df, POWER) for _, df in parts
+    ]
     return Estimate(
         value=value,
         se=float(np.sqrt(sum(part for part, _ in parts))),
@@ -101,6 +136,58 @@ def crossed(*blocks: Array) -> Estimate:
             np.sqrt(sum(q**2 * part for q, (part, _) in zip(power, parts, strict=True)))
         ),
     )
+
+
+def paired_gain(differences: Array, *, draws: int, rng: np.random.Generator) -> Gain:
+    """Mean difference with all that is known of its error.
+
+    Args:
+        differences: Shape (S, N): of each item between the runs of each seed, positive where the
+            arm is better. One column where the scores of single items are not known.
+        draws: Of the bootstrap.
+        rng: A stream from `sia.seeds`; the result is a function of its state.
+    """
+    found = crossed(differences)
+    gain = Gain(
+        value=found.value, se=found.se, low=found.low, high=found.high, these_low=None,
+        these_high=None, p=found.p, p_items=None, detectable=found.detectable,
+    )  # fmt: skip
+    if differences.shape[1] == 1:
+        return gain
+    of_items = differences.mean(0)
+    these = mean_interval(of_items, draws=draws, rng=rng)
+    p_items = paired_test(of_items, rng=rng)
+    gain = replace(gain, these_low=these.low, these_high=these.high, p_items=p_items)
+    if differences.shape[0] > 1:
+        return gain
+    return replace(gain, low=these.low, high=these.high, p=p_items)
+
+
+def claims(gains: Sequence[Gain], *, floor: Sequence[float | None]) -> list[Claim]:
+    """What may be claimed of all comparisons of a table, in their order.
+
+    `better` and `worse` need the interval, p after Holm's correction, and the noise floor to agree;
+    all else is `within noise`.
+
+    Args:
+        gains: One for each comparison.
+        floor: Of each comparison, from `noise_floor`; None where it is not known.
+    """
+    adjusted = iter(holm([gain.p for gain in gains if gain.p is not None]))
+    found = []
+    for gain, least in zip(gains, floor, strict=True):
+        p_holm = next(adjusted) if gain.p is not None else None
+        noise = (
+            p_holm is None
+            or gain.low is None
+            or gain.high is None
+            or p_holm >= 1 - LEVEL
+            or gain.low <= 0 <= gain.high
+            or abs(gain.value) <= (least or 0.0)
+        )
+        verdict = NOISE if noise else BETTER if gain.value > 0 else WORSE
+        found.append(Claim(p_holm=p_holm, verdict=verdict))
+    return found
 
 
 def paired_test(differences: Array, *, rng: np.random.Generator) -> float:
@@ -186,7 +273,7 @@ def noise_floor(repeats: Array, *, seeds: int) -> float:
     if repeats.shape[0] < 2:
         raise ValueError("the spread of one repeat is not known")
     variance = float(repeats.var(axis=0, ddof=1).mean())
-    quantile = stats.t.ppf(1 - (1 - LEVEL) / 2, repeats.shape[0] - 1)
+    quantile = special.stdtrit(repeats.shape[0] - 1, 1 - (1 - LEVEL) / 2)
     return float(quantile * np.sqrt(2 * variance / seeds))
 
 
@@ -202,7 +289,7 @@ def _item_variances(block: Array) -> tuple[float, float]:
 
 
 def _half_width(parts: Sequence[tuple[float, int]], alpha: float) -> float:
-    squares = (stats.t.ppf(1 - alpha / 2, df) ** 2 * part for part, df in parts)
+    squares = (special.stdtrit(df, alpha / 2) ** 2 * part for part, df in parts)
     return float(np.sqrt(sum(squares)))
 
 
