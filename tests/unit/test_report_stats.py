@@ -33,6 +33,7 @@ def test_scores_without_items_are_the_t_interval_over_seeds() -> None:
     assert found.p == pytest.approx(known.pvalue, rel=1e-6)
     assert found.se == pytest.approx(scipy_stats.sem(scores[:, 0]))
     assert stats.crossed(scores[:1]).low is None
+    assert stats.crossed(np.full((3, 1), 0.7)).low is None
 
 
 def test_the_variance_is_that_of_the_crossed_analysis_of_variance() -> None:

@@ -116,11 +116,12 @@ def crossed(*blocks: Array) -> Estimate:
     if n_seeds > 1:
         means = np.sum([block.mean(1) for block in blocks], axis=0)
         seeds = float(means.var(ddof=1)) / n_seeds
-        if n_seeds >= POOLING_SEEDS and seeds <= rest:
+        if item_df and n_seeds >= POOLING_SEEDS and seeds <= rest:
             parts.append((rest, (n_seeds - 1) * item_df))
         else:
             parts.append((seeds, n_seeds - 1))
-    if not parts:
+    # Aggregates that agree to the last digit say nothing of what items would have said.
+    if not parts or (not item_df and np.isclose(parts[0][0], 0.0, atol=1e-24)):
         return Estimate(value=value)
     half = _half_width(parts, 1 - LEVEL)
     power = [
