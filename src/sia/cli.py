@@ -1,7 +1,7 @@
 """`python -m sia`: configuration -> parts -> loop, and the exit code.
 
 0    the run ended with at least one score
-1    the run ended without any scored attempt
+1    the run ended without any scored attempt; some runs of a grid did not finish
 2    a mistake that the user can mend; nothing half-written
 130  interrupted; everything finished is written
 """
@@ -9,6 +9,7 @@
 import errno
 import os
 import sys
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ def main() -> None:
     # Hydra would shorten the traceback and exit with 1 whatever happened; this hands errors to us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     import hydra
+    from hydra.core.plugins import Plugins
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +43,13 @@ def main() -> None:
     from sia import config
 
     config.register()
+    # Its scan of plugins executes their modules anew, so ours, which Hydra finds in a wheel but not
+    # in a checkout, may be imported only afterwards.
+    plugins = Plugins.instance()
+    from hydra_plugins import sia_multirun
+
+    for plugin in sia_multirun.PLUGINS:
+        plugins.register(plugin)
 
     @hydra.main(version_base="1.3", config_path="pkg://sia.conf", config_name="config")
     def job(cfg: DictConfig) -> float | None:
@@ -85,13 +94,15 @@ def _dry_run(argv: list[str]) -> None:
 
 
 def _job(cfg: "DictConfig") -> float | None:
-    """One run; in a multirun an error is raised, so that the other jobs go on."""
+    """One run; in a multirun an error is raised, so that the other runs go on."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from sia.multirun import RunFailed
     from sia.session import run
 
     hydra_cfg = HydraConfig.get()
+    multirun = hydra_cfg.mode == RunMode.MULTIRUN
     try:
         result = run(
             cfg,
@@ -102,9 +113,15 @@ def _job(cfg: "DictConfig") -> float | None:
     except SiaError as error:
         with suppress(OSError):  # Hydra makes the folder before it calls us; an empty one goes
             Path(hydra_cfg.runtime.output_dir).rmdir()
-        if hydra_cfg.mode == RunMode.MULTIRUN:
+        if multirun:
             raise
         _fail(str(error), error.exit_code)
+    except Exception as error:
+        if not multirun:
+            raise
+        # What was raised may not survive the way to the grid's process; its traceback never does.
+        traceback.print_exc()
+        raise RunFailed(f"{type(error).__name__}: {error}") from None
     if result.status == "interrupted":
         sys.exit(130)
     return result.best_score

@@ -34,6 +34,8 @@ RESULT_FILE = "result.json"
 EXAM_FILE = "exam.json"
 LOCK_FILE = ".lock"
 
+LOCK_S = 0.1  # `is_held` has the lock for a moment
+
 # What the disk says of itself: nothing is wrong with the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -225,10 +227,14 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if (folder / RUN_FILE).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.rglob(RUN_FILE))
+    found = []
+    for place, folders, files in os.walk(folder):
+        if RUN_FILE in files:
+            found.append(Path(place))
+            folders.clear()  # a run holds thousands of files and no run
     if not found:
         raise RunDirectoryError(f"{folder} holds no run (no {RUN_FILE} in it or below it).")
-    return found
+    return sorted(found)
 
 
 def read_info(run: Path) -> RunInfo:
@@ -253,6 +259,28 @@ def read_result(run: Path) -> RunResult | None:
         return from_json((run / RESULT_FILE).read_bytes(), RunResult)
     except FileNotFoundError:
         return None
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process writes to the run directory."""
+    try:
+        fd = os.open(run / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def status(run: Path) -> str:
+    """`running`, `finished`, `failed`, `interrupted`, or `killed`: ended without a word."""
+    if (result := read_result(run)) is not None:
+        return result.status
+    return "running" if is_held(run) else "killed"
 
 
 def read_exam(run: Path) -> Exam | None:
@@ -330,14 +358,18 @@ def write_error(path: Path, error: OSError) -> RunDirectoryError:
 
 def _lock(path: Path) -> int:
     fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise RunDirectoryInUse(
-            f"Another process is writing to {path}. Wait for it, or stop it and resume."
-        ) from error
-    return fd
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise RunDirectoryInUse(
+                    f"Another process is writing to {path}. Wait for it, or stop it and resume."
+                ) from error
+            time.sleep(0.01)
 
 
 def _parse(path: Path) -> tuple[list[Line], int]:

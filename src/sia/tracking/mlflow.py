@@ -17,7 +17,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from sia.rundir import LOCK_FILE, RUN_FILE, read_result
+from sia.rundir import RUN_FILE, is_held, read_result
 from sia.tracking.calls import CallsView, ScopeCalls
 from sia.tracking.location import Location, TrackingError, first_line
 from sia.tracking.view import GenerationView, ParentView, RunView
@@ -148,7 +148,7 @@ class Mirror:
         elif self._view.ended:
             self._set_status("FINISHED")
         else:
-            self._set_status("KILLED" if ended or not _running(self._view.path) else "RUNNING")
+            self._set_status("KILLED" if ended or not is_held(self._view.path) else "RUNNING")
 
     def _search(self) -> list[Run]:
         """All MLflow runs of this run, oldest first."""
@@ -477,16 +477,3 @@ def _lock(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
-
-
-def _running(run: Path) -> bool:
-    """Whether a process holds the lock of the run directory."""
-    with suppress(FileNotFoundError):
-        file = os.open(run / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(file)
-    return False
