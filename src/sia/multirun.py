@@ -51,17 +51,20 @@ def override(key: str, path: Path) -> str:
     return f"{key}='" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def summary(failures: Sequence[Failure], *, total: int, folder: Path) -> str:
+def summary(
+    failures: Sequence[Failure], *, overrides: Sequence[Sequence[str]], folder: Path
+) -> str:
     """What a person reads at the end of a grid.
 
     Args:
         failures: At least one, in the order of their numbers.
-        total: Runs of the grid.
+        overrides: Of every run of the grid; what all have in common is not repeated.
         folder: Of the grid.
     """
+    total = len(overrides)
     done = total - len(failures)
     lines = [f"{len(failures)} of {total} runs did not finish; {done} did. {folder}"]
-    shared = set.intersection(*(set(one.overrides) for one in failures)) if total > 1 else set()
+    shared = set.intersection(*map(set, overrides)) if total > 1 else set()
     for one in failures:
         own = " ".join(word for word in one.overrides if word not in shared)
         lines.append(f"  run {one.number}  {own}".rstrip())

@@ -57,7 +57,7 @@ class GridSweeper(BasicSweeper):
         self.launcher = patient
         results = super().sweep(arguments)
         if patient.failures:
-            raise GridFailed(summary(patient.failures, total=patient.total, folder=folder))
+            raise GridFailed(summary(patient.failures, overrides=patient.overrides, folder=folder))
         return results
 
 
@@ -69,7 +69,7 @@ class _Patient(Launcher):
         self._context = context
         self._config = config
         self.failures: list[Failure] = []
-        self.total = 0
+        self.overrides: list[Sequence[str]] = []
 
     def setup(self, **_: Any) -> None:
         """Does nothing: the launcher has been set up."""
@@ -83,7 +83,7 @@ class _Patient(Launcher):
             results = self._launcher.launch(job_overrides, initial_job_idx)
         except BrokenProcessPool:  # joblib gives up all that has not ended
             results = [_lost(overrides) for overrides in job_overrides]
-        self.total += len(results)
+        self.overrides += job_overrides
         finished = []
         for number, (overrides, result) in enumerate(
             zip(job_overrides, results, strict=True), initial_job_idx
