@@ -17,6 +17,7 @@ Before a run that costs money:
 
 After a run:
   python -m sia.exam runs/...                        open the sealed test, once
+  python -m sia.runs list                            what there is; resume and compare, too
   python -m sia.tracking ui                          compare runs in the MLflow UI
   python -m sia resume=runs/...                      go on after Ctrl-C or a crash
 """

@@ -1,5 +1,6 @@
 """How a grid of runs ends: which of them did not finish, why, and the command that goes on."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,9 @@ def ended(folder: Path) -> bool:
 
 def override(key: str, path: Path) -> str:
     """`key='path'`, which Hydra reads back as it is, whatever the path holds."""
-    return f"{key}='" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # In Hydra's grammar a backslash is itself unless a quote or the end follows.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(path))
+    return f"{key}='{escaped}'"
 
 
 def summary(

@@ -124,19 +124,22 @@ def test_a_bug_in_one_run_shows_its_traceback_and_stops_no_other(tmp_path: Path)
         "class Broken(Exception):\n"
         "    def __init__(self, one, two):  # cannot be unpickled\n"
         "        super().__init__(f'{one} {two}')\n\n"
-        "def backend(**settings):\n"
-        "    raise Broken('lost', 'screw')\n"
+        "class Backend:\n"
+        "    def __init__(self, **settings):\n"
+        "        pass\n"
+        "    def __getattr__(self, name):\n"
+        "        raise Broken('lost', 'screw')\n"
     )
     grid = start(
         tmp_path, "hydra/launcher=submitit_local", "trusted_packages=[buggy]", "generations=1",
-        "meta._target_=buggy.backend,sia.meta.scripted.Scripted", PYTHONPATH=str(tmp_path),
+        "meta._target_=buggy.Backend,sia.meta.scripted.Scripted", PYTHONPATH=str(tmp_path),
     )  # fmt: skip
     code, said = ended(grid)
     assert code == 1, said
     assert statuses(tmp_path / "grid")["1"] == "finished"
-    assert re.search(r"run 0  meta._target_=buggy.backend\n +Broken: lost screw\n", said)
+    assert re.search(r"run 0  meta._target_=buggy.Backend\n +Broken: lost screw\n", said)
     (log,) = re.findall(r"it printed: (\S+)", said)
-    assert "in backend\n" in Path(log).read_text()
+    assert "in __getattr__\n" in Path(log).read_text()
 
 
 def test_a_grid_may_lie_in_a_folder_with_a_strange_name(tmp_path: Path) -> None:

@@ -556,3 +556,30 @@ def test_the_page_opens_on_the_right_database_and_leaves_no_process(
     while subprocess.run(session, capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "processes of the page are left"
         time.sleep(0.2)
+
+
+def test_runs_that_start_at_once_nest_their_own_generations(tmp_path: Path) -> None:
+    """Six whole runs in processes of their own, on a database that is not there yet."""
+    command = [sys.executable, "-m", "sia", "task=toy", "meta=scripted", "sandbox=process"]
+    started = [
+        subprocess.Popen(
+            [*command, "generations=2", f"seed={seed}", f"hydra.run.dir=run-{seed}"],
+            cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for seed in range(6)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * 6, said
+    assert not any("Tracking is incomplete" in one for one in said)
+    runs = contents(tmp_path / "mlflow.db")
+    expected = {}
+    for seed in range(6):
+        run_id = json.loads((tmp_path / f"run-{seed}" / "run.json").read_bytes())["run_id"]
+        parent = f"toy-scripted-embedded-s{seed}"
+        expected[f"{run_id}/{parent}"] = None
+        expected |= {f"{run_id}/gen-{index:03}": parent for index in range(2)}
+    assert {name: run["parent"] for name, run in runs.items()} == expected
+    assert {run["status"] for run in runs.values()} == {"FINISHED"}
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
