@@ -122,6 +122,10 @@ class Runs:
         self._known_lines = {key: self._fresh(key) for key in keys}
         return [line for _, line in self._known_lines.values()]
 
+    def known(self) -> Sequence[RunLine]:
+        """All runs as they were when they were last looked at."""
+        return [line for _, line in self._known_lines.values()]
+
     def keys(self) -> Sequence[str]:
         """The folders of all runs, relative to the folder of runs."""
         if self._only is not None:
