@@ -33,4 +33,8 @@ def notes(text: str) -> Markup:
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.disable(["link", "image", "autolink", "reference", "html_inline", "html_block"])
-    return Markup(parser.render(clean(text)))  # escapes all text
+    tokens = parser.parse(clean(text))
+    for token in tokens:
+        if token.tag in ("h1", "h2", "h3", "h4"):  # they come below the headings of the page
+            token.tag = f"h{int(token.tag[1]) + 2}"
+    return Markup(parser.renderer.render(tokens, parser.options, {}))  # escapes all text

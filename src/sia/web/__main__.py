@@ -40,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)  # a socket that a run has opened
     parser.add_argument("--idle-s", type=float, help="end when nobody has looked for so long")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # idle-s counts once nobody works on it
     return parser
 
 
 def _serve(options: argparse.Namespace) -> int:
     from sia.pages import Runs
+    from sia.pages.run import is_locked
 
     try:
         from sia.web.guard import LOOPBACK, new_token
@@ -71,7 +73,14 @@ def _serve(options: argparse.Namespace) -> int:
     print(
         f"{runs.folder.root} is shown at {link(shown, port, token)}  (Ctrl-C ends it)", flush=True
     )
-    serve(runs, listener, names=names, token=token, idle_s=options.idle_s)
+    serve(
+        runs,
+        listener,
+        names=names,
+        token=token,
+        idle_s=options.idle_s,
+        busy=lambda: options.run is not None and is_locked(runs.folder, options.run),
+    )
     return 0
 
 

@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import uvicorn
 
@@ -20,7 +20,8 @@ def serve(
     *,
     names: Collection[str],
     token: str | None,
-    idle_s: float | None = None,
+    idle_s: float | None,
+    busy: Callable[[], bool],
 ) -> None:
     """Serves until SIGINT or SIGTERM.
 
@@ -29,7 +30,8 @@ def serve(
         listener: Bound and listening.
         names: See `Guard`.
         token: See `Guard`.
-        idle_s: Ends by itself when no page was open for so long.
+        idle_s: Ends by itself when no page was open for so long; None: never.
+        busy: Whether it has to stay all the same.
     """
     guard = Guard(make_app(runs), names=names, token=token)
     server = uvicorn.Server(
@@ -43,11 +45,11 @@ def serve(
         )
     )
     if idle_s is not None:
-        threading.Thread(target=_watch, args=(server, guard, idle_s), daemon=True).start()
+        threading.Thread(target=_watch, args=(server, guard, idle_s, busy), daemon=True).start()
     server.run(sockets=[listener])
 
 
-def _watch(server: uvicorn.Server, guard: Guard, idle_s: float) -> None:
-    while guard.idle_s() < idle_s:
+def _watch(server: uvicorn.Server, guard: Guard, idle_s: float, busy: Callable[[], bool]) -> None:
+    while guard.idle_s() < idle_s or busy():
         time.sleep(min(LOOK_S, idle_s))
     server.should_exit = True
