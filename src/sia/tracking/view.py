@@ -338,12 +338,11 @@ class RunView:
         )
 
     def _arm(self) -> str:
-        """Which levers the run could pull: `harness`, `weights`, or `both`; empty if unknown."""
+        """Which levers the run could pull, such as `harness+weights`; empty if unknown."""
         levers = self._config.get("levers")
         trained = _name(self._config.get("weights")) != "none"
-        named = {Lever.HARNESS, Lever.WEIGHTS} if trained else {Lever.HARNESS}
-        found = [one.value for one in named if isinstance(levers, list) and one.value in levers]
-        return "both" if len(found) == 2 else "".join(found)
+        named = (Lever.HARNESS, Lever.WEIGHTS) if trained else (Lever.HARNESS,)
+        return "+".join(one for one in named if isinstance(levers, list) and one in levers)
 
     def _choice(self, group: str) -> str:
         """The file that was chosen of a group of the configuration; empty for none."""
