@@ -88,9 +88,7 @@ def plot(
     x = _Scale(min(xs) - 0.5, max(xs) + 0.5, LEFT, WIDTH - RIGHT)
     y = _Scale(low, high, HEIGHT - BOTTOM, TOP)
     parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            WIDTH, HEIGHT, label
-        ),
+        _head(label, role="group" if any(p.href for p in points) else "img"),
         *_axes(x, y, step, x_label, y_label, whole=max(xs) - min(xs)),
     ]
     for number, line in enumerate(lines):
@@ -113,9 +111,7 @@ def bars(*, label: str, x_label: str, y_label: str, values: Mapping[int, float])
     y = _Scale(0, math.ceil(max(known.values()) / step) * step, HEIGHT - BOTTOM, TOP)
     width = max(1.0, min(28.0, 0.7 * (x(1) - x(0))))
     parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            WIDTH, HEIGHT, label
-        ),
+        _head(label, role="img"),
         *_axes(x, y, step, x_label, y_label, whole=max(values) - min(values)),
     ]
     for at, value in known.items():
@@ -135,6 +131,12 @@ def number(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def _head(label: str, *, role: str) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="{}" aria-label="{}">').format(
+        WIDTH, HEIGHT, role, label
+    )
 
 
 def _axes(
@@ -182,7 +184,10 @@ def _mark(point: Point, x: _Scale, y: _Scale) -> Markup:
     )
     if not point.href:
         return body
-    return Markup('<a href="{}" aria-label="{}">{}</a>').format(point.href, point.title, body)
+    # Not a stop of the tab key: a table beside the chart has the same links.
+    return Markup('<a href="{}" aria-label="{}" tabindex="-1">{}</a>').format(
+        point.href, point.title, body
+    )
 
 
 def _path(line: Line, x: _Scale, y: _Scale, last: float) -> str:

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sia import spend
-from sia.pages import code
+from sia.pages import chart, code
 from sia.pages.links import Links
 from sia.pages.text import clean, notes
 
@@ -36,6 +36,7 @@ def environment(links: Links) -> Environment:
         "gain": gain,
         "marked": marked,
         "notes": notes,
+        "number": chart.number,
         "score": score,
         "usd": spend.usd,
         "when": when,
