@@ -5,7 +5,7 @@ run directory: the same records give the same bytes.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class _Shown:
     """One candidate in the file.
 
     Attributes:
-        changes: What differs from its parent; None where that is left out.
+        changes: What differs from its parent, and the curves of its update; None where they are
+            left out.
     """
 
     view: CandidateView
@@ -79,7 +80,7 @@ def document(run: Path) -> str:
         raise RunDirectoryError(
             f"{run} holds no run (no run.json). List yours: find runs -name run.json"
         ) from error
-    page = reader.page()
+    page = replace(reader.page(), key=str(run))  # as commands name it
     links: Links = _Places()
     templates = environment(links)
     best = page.incumbent
@@ -108,17 +109,19 @@ def document(run: Path) -> str:
 
 
 def _changes(reader: RunReader, one: CandidateView, templates: Environment) -> Markup:
-    """What differs from the parent's harness, as far as it is shown."""
+    """What differs from the parent's harness, as far as it is shown, and curves of an update."""
+    folder = CandidateFolder(reader, one.id)
     files: list[FileDiff] = []
     room, left_out = MAX_DIFF_ROWS, 0
-    for file in CandidateFolder(reader, one.id).diff():
+    for file in folder.diff():
         if file.status != "same":
             rows = file.rows[:room]
             files.append(FileDiff(name=file.name, status=file.status, rows=rows))
             room -= len(rows)
             left_out += len(file.rows) - len(rows)
     module: Any = templates.get_template("_changes.html").module
-    return Markup(module.changes(one, files, left_out))
+    curves = [(curve.name, drawings.curves(curve)) for curve in folder.curves()]
+    return Markup(module.changes(one, files, left_out, curves))
 
 
 def _tables(evaluation: Evaluation | None) -> list[Table]:
