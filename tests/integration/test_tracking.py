@@ -1,5 +1,6 @@
 """The mirror in MLflow: real MLflow on SQLite, followers as processes of their own."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -668,20 +669,26 @@ def test_package_is_light_and_satisfies_the_protocol() -> None:
     assert done.stdout == "False\n"
 
 
-def test_the_page_opens_on_the_right_database_and_leaves_no_process(
-    database: Path,
+def test_the_page_opens_on_scores_by_generation_and_leaves_no_process(
+    database: Path, tmp_path: Path
 ) -> None:
+    sync(database, finished_run(tmp_path / "run"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     page = subprocess.Popen(
         [sys.executable, "-m", "sia.tracking", "ui", "--port", str(port)],
         cwd=database.parent,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     try:
+        assert page.stdout is not None
+        assert page.stdout.readline().startswith(f"http://127.0.0.1:{port} ")
+        name, _, address = page.stdout.readline().strip().partition(": scores by generation, ")
+        assert name == "sia/toy/hard"
         deadline = time.monotonic() + 90
         while True:
             try:
@@ -692,11 +699,31 @@ def test_the_page_opens_on_the_right_database_and_leaves_no_process(
                 assert page.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
+        shows_our_view(address)
     finally:
         page.terminate()
         page.wait(timeout=30)
+        page.stdout.close()
     deadline = time.monotonic() + 20
     session = ["pgrep", "-s", str(page.pid)]
     while subprocess.run(session, capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "processes of the page are left"
         time.sleep(0.2)
+
+
+def shows_our_view(address: str) -> None:
+    """In Chromium; without it, or without playwright, the address alone has to do."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None or importlib.util.find_spec("playwright") is None:
+        return
+    from playwright.sync_api import expect, sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        opened = browser.new_page(viewport={"width": 1600, "height": 1000})
+        opened.goto(address)
+        for text in ("Scores by generation", "Self-improving agents on", "best/dev"):
+            expect(opened.get_by_text(text).first).to_be_visible(timeout=90_000)
+        expect(opened.locator(".js-plotly-plot").first).to_be_visible(timeout=90_000)
+        browser.close()

@@ -16,13 +16,11 @@ COLUMNS = (
     "metrics.`score/test`", "metrics.`cost_usd`", "metrics.`wall_s`", "tags.`sia.lever`",
     "tags.`sia.outcome`", "attributes.`Models`",
 )  # fmt: skip
-LINES = {  # metric over generations -> title
-    "best/dev": "best dev score by generation",
-    "score/dev": "dev score by generation",
-    "cost_usd": "cost of model calls so far, USD",
-    "wall_s": "time so far, s",
+SECTIONS = {  # of the page: metrics drawn over generations
+    "Scores": ("best/dev", "score/dev"),
+    "Cost and time": ("cost_usd", "wall_s"),
 }
-BARS = {"score/test": "sealed test, best by dev"}
+LAST = ("Scores", "score/test")  # drawn as bars: it has no generations
 
 
 def tags(task: str, created_ms: int) -> dict[str, str]:
@@ -66,12 +64,12 @@ def _note(task: str) -> str:
 
 
 def _view() -> dict[str, object]:
-    sections = [_section("scores", "Scores"), _section("spent", "Cost and time")]
     charts = [
-        _chart("LINE", metric, title, "scores" if "/" in metric else "spent")
-        for metric, title in LINES.items()
+        _chart("LINE", metric, section)
+        for section, metrics in SECTIONS.items()
+        for metric in metrics
     ]
-    charts += [_chart("BAR", metric, title, "scores") for metric, title in BARS.items()]
+    charts.append(_chart("BAR", LAST[1], LAST[0]))
     return {
         "searchFilter": "",
         "orderByKey": "attributes.start_time",
@@ -83,7 +81,7 @@ def _view() -> dict[str, object]:
         "selectedColumns": list(COLUMNS),
         "runsHiddenMode": "FIRST_20_RUNS",
         "compareRunCharts": charts,
-        "compareRunSections": sections,
+        "compareRunSections": [_section(name) for name in SECTIONS],
         "isAccordionReordered": True,  # else MLflow sorts the sections by their names
         "hideEmptyCharts": True,
         "globalLineChartConfig": {
@@ -92,18 +90,17 @@ def _view() -> dict[str, object]:
     }  # fmt: skip
 
 
-def _section(identity: str, name: str) -> dict[str, object]:
+def _section(name: str) -> dict[str, object]:
     return {
-        "uuid": identity, "name": name, "display": True, "isReordered": True, "deleted": False,
+        "uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False,
         "isGenerated": False, "columns": 2, "cardHeight": 360,
     }  # fmt: skip
 
 
-def _chart(kind: str, metric: str, title: str, section: str) -> dict[str, object]:
+def _chart(kind: str, metric: str, section: str) -> dict[str, object]:
     common: dict[str, object] = {
         "uuid": f"{kind}-{metric}", "type": kind, "runsCountToCompare": 20,
-        "metricSectionId": section, "deleted": False, "isGenerated": False, "displayName": title,
-        "metricKey": metric,
+        "metricSectionId": section, "deleted": False, "isGenerated": False, "metricKey": metric,
     }  # fmt: skip
     if kind == "BAR":
         return common
