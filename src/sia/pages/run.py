@@ -462,15 +462,20 @@ def _locked_inodes() -> set[int]:
 def arm_of(config: str, info: RunInfo) -> str:
     """What a run was allowed to choose, by its resolved configuration: `harness+weights`."""
     found = re.search(r"^levers:[^\n]*\n(?:[- ][^\n]*\n)*", config, re.MULTILINE)
-    try:
-        levers = yaml.safe_load(found[0])["levers"] if found else []
-    except (yaml.YAMLError, TypeError, KeyError):
-        return ""
-    names = [str(one) for one in levers if one != "stop"] if isinstance(levers, list) else []
+    names = _levers(found[0]) if found else ()
     choices = info.provenance.get("choices")
     if isinstance(choices, dict) and choices.get("weights") == "none" and "harness" in names:
-        names = [name for name in names if name != "weights"]
+        names = tuple(name for name in names if name != "weights")
     return "+".join(names)
+
+
+@lru_cache  # a folder of a thousand runs has a handful of them
+def _levers(text: str) -> tuple[str, ...]:
+    try:
+        levers = yaml.safe_load(text)["levers"]
+    except (yaml.YAMLError, TypeError, KeyError):
+        return ()
+    return tuple(str(one) for one in levers if one != "stop") if isinstance(levers, list) else ()
 
 
 @lru_cache
