@@ -77,6 +77,7 @@ def make_app(runs: Runs) -> FastAPI:
         arm: str = "",
         text: Annotated[str, Query(max_length=200)] = "",
         order: str = "newest",
+        run: Annotated[list[str], Query()] = [],  # noqa: B006  # read only
         page_number: Annotated[int, Query(alias="page", ge=1)] = 1,
     ) -> Response:
         chosen = Chosen(task=task, status=status, meta=meta, arm=arm, text=text, order=order)
@@ -90,6 +91,7 @@ def make_app(runs: Runs) -> FastAPI:
         return page(
             "runs.html",
             chosen=chosen,
+            ticked=run,
             choices={
                 name: sorted({getattr(line, name) for line in everything} - {""})
                 for name in ("task", "status", "meta", "arm")
