@@ -70,10 +70,8 @@ def _row(name: str, folder: Path, path: str) -> None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = re.search(r"VmHWM:\s+(\d+)", status)
         assert peak is not None
-        print(
-            f"| {name} | {first:.2f} | {again:.2f} | {int(peak[1]) / 1024:.0f} | {size / 1024:.0f} |",
-            flush=True,
-        )
+        peak_mib = int(peak[1]) / 1024
+        print(f"| {name} | {first:.2f} | {again:.2f} | {peak_mib:.0f} | {size / 1024:.0f} |")
     finally:
         process.terminate()
         process.wait()

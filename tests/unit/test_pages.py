@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
 from made_runs import make_run
 from sia import rundir
+from sia.errors import RunDirectoryError
+from sia.gateway.protocol import Role, Spend
+from sia.gateway.store import STORE_FILE, Exchange, Store
 from sia.pages import CandidateFolder, Chosen, Folder, NotThere, RunReader, Runs, chart, talk
 from sia.pages.candidate import LOG_PIECE, tables
 from sia.pages.code import side_by_side
@@ -405,3 +409,68 @@ def test_attempts_of_an_open_generation_are_shown_as_they_come(tmp_path: Path) -
         assert read.page().generations[-1].closed == closed
     finally:
         run.close()
+
+
+class TestCalls:
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> RunReader:
+        """A run with a decision, a session that was told to try again, and calls of the target."""
+        path = make_run(tmp_path / "runs" / "one", ended=False)
+        store = Store(path / STORE_FILE, mode="record", now=0.0)
+        scopes = [
+            ("g000/decision", Role.FEEDBACK), ("g001-c0/meta", Role.FEEDBACK),
+            ("g001-c0/meta-2", Role.FEEDBACK), *[("g001-c0/target", Role.TARGET)] * 60,
+        ]  # fmt: skip
+        for number, (scope, role) in enumerate(scopes):
+            store.add(call(scope, role, store.session, number))
+        store.close()
+        return reader(tmp_path / "runs", "one")
+
+    def test_they_count_for_the_generation_that_they_lead_to(self, run: RunReader) -> None:
+        page = run.page()
+        assert page.generations[0].spend == Spend()
+        assert page.generations[1].spend.calls == 63
+        assert page.spend[Role.FEEDBACK].cost_usd == pytest.approx(1.5)
+
+    def test_a_session_is_one_conversation(self, run: RunReader) -> None:
+        folder = CandidateFolder(run, "g001-c0")
+        assert folder.scopes() == {
+            "g000/decision": 1, "g001-c0/meta": 1, "g001-c0/meta-2": 1, "g001-c0/target": 60,
+        }  # fmt: skip
+        turns = folder.call("g001-c0/meta", 0).turns
+        assert [(turn.role, turn.text) for turn in turns] == [
+            ("user", "question 1"),
+            ("assistant", "answer 1"),
+        ]
+
+    def test_calls_of_a_target_come_page_by_page(self, run: RunReader) -> None:
+        folder = CandidateFolder(run, "g001-c0")
+        assert len(folder.calls("g001-c0/target")) == 50
+        assert len(folder.calls("g001-c0/target", page=2)) == 10
+        assert folder.call("g001-c0/target", 60).turns[0].text == "question 62"
+        with pytest.raises(NotThere):
+            folder.call("g001-c0/target", 61)
+
+    def test_a_damaged_recording_hides_only_the_calls(self, run: RunReader) -> None:
+        path = run.path / STORE_FILE
+        data = path.read_bytes()
+        path.write_bytes(data[:4096] + b"\xff" * (len(data) - 4096))
+        page = run.page()
+        assert "cannot be read" in page.problem
+        assert len(page.generations) == 4
+        with pytest.raises(RunDirectoryError):
+            CandidateFolder(run, "g001-c0").scopes()
+
+
+def call(scope: str, role: Role, session: int, number: int) -> Exchange:
+    request = {"messages": [{"role": "user", "content": f"question {number}"}]}
+    answer = {"choices": [{"message": {"role": "assistant", "content": f"answer {number}"}}]}
+    return Exchange(
+        id=0, session=session, scope=scope, role=role, format="chat", provider="p",
+        requested_model="m", model="m", served_model="m", key=f"k{number}", exact=f"e{number}",
+        occurrence=0, stream=False, status=200, headers={}, finish="stop", failure="", source="",
+        input_tokens=10, cached_tokens=0, cache_write_tokens=0, output_tokens=1, estimated=False,
+        counted=True, cost_usd=0.5, attempts=1, started_at=0.0, wall_s=0.1,
+        request_zlib=zlib.compress(json.dumps(request).encode()),
+        body_zlib=zlib.compress(json.dumps(answer).encode()),
+    )  # fmt: skip

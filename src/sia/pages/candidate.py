@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from sia.gateway.store import STORE_FILE, Exchange, open_reader, select
 from sia.pages import code, talk
 from sia.pages.files import Folder, NotThere, Piece
-from sia.pages.run import RunReader
+from sia.pages.run import RunReader, damaged_store
 from sia.rundir import candidate_dir
 
 MAX_FILE = 256 * 1024  # bytes shown of one file of a harness
@@ -319,16 +320,18 @@ class _store:
 
     def __init__(self, reader: RunReader) -> None:
         self._reader = reader
-        self._db: Any = None
+        self._db: sqlite3.Connection | None = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> sqlite3.Connection | None:
         if self._reader.folder.state(f"{self._reader.key}/{STORE_FILE}") is not None:
             self._db = open_reader(self._reader.path / STORE_FILE)
         return self._db
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._db is not None:
             self._db.close()
+        if isinstance(error, sqlite3.Error):
+            raise damaged_store(self._reader.path, error) from error
 
 
 def tables(breakdown: Mapping[str, Any], *, limit: int = 500) -> list[Table]:

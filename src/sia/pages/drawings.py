@@ -1,14 +1,19 @@
 """The charts of the pages: which numbers of a run are drawn, and how they are marked."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from sia.pages import chart
 from sia.pages.candidate import Curve
-from sia.pages.compare import Compared
 from sia.pages.links import Links
 from sia.pages.run import CandidateView, RunPage
+
+if TYPE_CHECKING:
+    from sia.pages.compare import Compared  # loads numpy
 
 
 def scores(page: RunPage, links: Links) -> Markup:

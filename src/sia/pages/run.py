@@ -7,6 +7,8 @@ The journal is read once; after that only what was added to it.
 """
 
 import re
+import shlex
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,6 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from sia import spend
 from sia.errors import RunDirectoryError, SiaError
 from sia.gateway.protocol import Role, Spend
 from sia.gateway.store import STORE_FILE, read_scopes
@@ -120,6 +121,7 @@ class RunPage:
 
     Attributes:
         key: Its folder, relative to the folder of runs.
+        path: The same for a command line, relative to the working directory where it lies in it.
         status: `running`, `finished`, `interrupted`, `failed`, or `killed`: no end is recorded and
             nobody works on it.
         arm: What it was allowed to choose, for example `harness+weights`.
@@ -129,6 +131,7 @@ class RunPage:
     """
 
     key: str
+    path: str
     info: RunInfo
     metric: Metric
     status: str
@@ -279,6 +282,7 @@ class RunReader:
             roles[role] = roles.get(role, Spend()) + one
         return RunPage(
             key=self.key,
+            path=_for_commands(self.path),
             info=self.info,
             metric=metric_of(self.info.task),
             status=status_of(result, is_locked(self.folder, self.key)),
@@ -334,7 +338,10 @@ class RunReader:
         names = (STORE_FILE, f"{STORE_FILE}-wal")
         state = tuple(_state(self.folder, self.key, name) for name in names)
         if state[0] is not None and state != self._store_state:
-            self._spend = read_scopes(self.path / STORE_FILE)
+            try:
+                self._spend = read_scopes(self.path / STORE_FILE)
+            except sqlite3.Error as error:
+                raise damaged_store(self.path, error) from error
             self._store_state = state
 
     def _generations(self) -> Iterator[GenerationView]:
@@ -433,6 +440,14 @@ def read_optional(folder: Folder, name: str, kind: type[T]) -> T | None:
         return None
 
 
+def damaged_store(run: Path, error: sqlite3.Error) -> RunDirectoryError:
+    """The message for a recording of model calls that SQLite refuses."""
+    return RunDirectoryError(
+        f"{run / STORE_FILE} cannot be read: {error}. What model calls have said and cost is not "
+        "shown. Restore the file from a copy."
+    )
+
+
 def status_of(result: RunResult | None, locked: bool) -> str:
     """One word for how a run is doing."""
     if result is not None:
@@ -462,15 +477,20 @@ def _locked_inodes() -> set[int]:
 def arm_of(config: str, info: RunInfo) -> str:
     """What a run was allowed to choose, by its resolved configuration: `harness+weights`."""
     found = re.search(r"^levers:[^\n]*\n(?:[- ][^\n]*\n)*", config, re.MULTILINE)
-    try:
-        levers = yaml.safe_load(found[0])["levers"] if found else []
-    except (yaml.YAMLError, TypeError, KeyError):
-        return ""
-    names = [str(one) for one in levers if one != "stop"] if isinstance(levers, list) else []
+    names = _levers(found[0]) if found else ()
     choices = info.provenance.get("choices")
     if isinstance(choices, dict) and choices.get("weights") == "none" and "harness" in names:
-        names = [name for name in names if name != "weights"]
+        names = tuple(name for name in names if name != "weights")
     return "+".join(names)
+
+
+@lru_cache  # a folder of a thousand runs has a handful of them
+def _levers(text: str) -> tuple[str, ...]:
+    try:
+        levers = yaml.safe_load(text)["levers"]
+    except (yaml.YAMLError, TypeError, KeyError):
+        return ()
+    return tuple(str(one) for one in levers if one != "stop") if isinstance(levers, list) else ()
 
 
 @lru_cache
@@ -485,9 +505,9 @@ def metric_of(task: str) -> Metric:
         return Metric(name="score")
 
 
-def calls_line(page: RunPage) -> str:
-    """What its model calls have cost, on one short line; empty without any."""
-    return spend.line(page.spend)
+def _for_commands(path: Path) -> str:
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if here in path.parents else path))
 
 
 def _state(folder: Folder, key: str, name: str) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 import sia.pages
 from sia.errors import SiaError
-from sia.pages import CandidateFolder, Chosen, NotThere, RunReader, Runs
+from sia.pages import CandidateFolder, Chosen, NotThere, RunReader, Runs, drawings
 from sia.pages.candidate import LOG_PIECE, PAGE, tables
 from sia.pages.links import ServerLinks
 from sia.pages.render import environment
@@ -40,6 +41,8 @@ def make_app(runs: Runs) -> FastAPI:
     app.mount("/assets", StaticFiles(directory=ASSETS))
     links = ServerLinks()
     templates = environment(links)
+    for name in templates.list_templates():
+        templates.get_template(name)  # compiled now, so that nobody waits for it
     reading = threading.Lock()  # the read model is not for several threads at once
 
     def page(name: str, status: int = 200, /, **known: Any) -> HTMLResponse:
@@ -74,6 +77,7 @@ def make_app(runs: Runs) -> FastAPI:
         arm: str = "",
         text: Annotated[str, Query(max_length=200)] = "",
         order: str = "newest",
+        run: Annotated[list[str], Query()] = [],  # noqa: B006  # read only
         page_number: Annotated[int, Query(alias="page", ge=1)] = 1,
     ) -> Response:
         chosen = Chosen(task=task, status=status, meta=meta, arm=arm, text=text, order=order)
@@ -87,6 +91,7 @@ def make_app(runs: Runs) -> FastAPI:
         return page(
             "runs.html",
             chosen=chosen,
+            ticked=run,
             choices={
                 name: sorted({getattr(line, name) for line in everything} - {""})
                 for name in ("task", "status", "meta", "arm")
@@ -103,8 +108,6 @@ def make_app(runs: Runs) -> FastAPI:
 
     @app.get("/run/{key:path}")
     def one_run(key: str) -> Response:
-        from sia.pages import drawings
-
         with reading:
             reader = runs.open(key)
             seen = _digest(reader)
@@ -112,7 +115,7 @@ def make_app(runs: Runs) -> FastAPI:
         return page(
             "run.html",
             page=shown,
-            events=f"/events/{_quoted(shown.key)}?seen={seen}",
+            events=f"/events/{quote(shown.key)}?seen={seen}",
             scores=drawings.scores(shown, links),
             seconds=drawings.seconds(shown),
             cost=drawings.cost(shown),
@@ -180,8 +183,7 @@ def make_app(runs: Runs) -> FastAPI:
 
     @app.get("/compare")
     def comparison(run: Annotated[list[str], Query(max_length=MAX_COMPARED)] = []) -> Response:  # noqa: B006  # read only
-        from sia.pages import drawings
-        from sia.pages.compare import compare
+        from sia.pages.compare import compare  # loads numpy
 
         with reading:
             found = compare([runs.open(key) for key in dict.fromkeys(run)])
@@ -263,8 +265,6 @@ def _logs(folder: CandidateFolder, reader: RunReader, asked: dict[str, Any]) -> 
 
 
 def _update(folder: CandidateFolder, reader: RunReader, asked: dict[str, Any]) -> dict[str, Any]:
-    from sia.pages import drawings
-
     return {"curves": [(curve.name, drawings.curves(curve)) for curve in folder.curves()]}
 
 
@@ -303,9 +303,3 @@ async def _events(look: Callable[[], tuple[str, bool]], seen: str) -> AsyncItera
 
 def _digest(reader: RunReader) -> str:
     return hashlib.sha256(repr(reader.version()).encode()).hexdigest()[:16]
-
-
-def _quoted(key: str) -> str:
-    from urllib.parse import quote
-
-    return quote(key)
