@@ -146,6 +146,7 @@ def test_the_list_is_filtered_without_a_reload(page: Page, address: str) -> None
     expect(rows).to_contain_text("toy/hostile")
     assert "status=killed" in page.url
     page.get_by_label("status").select_option("")
+    expect(rows).to_have_count(3)
     page.get_by_label("search").fill("two")
     expect(rows).to_have_count(1)
     expect(rows).to_contain_text("toy/two")

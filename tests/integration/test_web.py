@@ -1,26 +1,32 @@
 """The server of the pages over HTTP: whom it answers, and what hostile content can do."""
 
+import asyncio
 import http.client
 import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
 
 from made_runs import make_run
 from sia import rundir
+from sia.pages import Runs
 from sia.web import child
 from sia.web.address import listen
 
 pytest.importorskip("fastapi", reason="the extra web is not installed")
+from fastapi import FastAPI
+
+from sia.web.app import make_app
 
 SECRET = "a-secret-of-this-machine"
 HOSTILE = (
@@ -287,6 +293,41 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("steps", range(8))
+def test_a_run_can_be_looked_at_after_any_of_its_steps(tmp_path: Path, steps: int) -> None:
+    """Also one without a single step."""
+    run = make_run(tmp_path / "one", generations=2, failed=0, retrained=1, ended=False)
+    journal = run / rundir.JOURNAL_FILE
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:steps]))
+    app = make_app(Runs(tmp_path))
+    assert answered(app, "/run/one") == 200
+    assert answered(app, "/") == 200
+    assert answered(app, "/compare", "run=one&run=one") == 200
+    for view in VIEWS:
+        known = 200 if steps else 404
+        assert answered(app, "/candidate/g000-c0/one", f"view={view}") == known
+
+
+def answered(app: FastAPI, path: str, query: str = "") -> int:
+    """The status of one answer, without a server."""
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": path,
+        "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "headers": [],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+    }  # fmt: skip
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return int(sent[0]["status"])
 
 
 def test_the_events_of_a_run_that_is_over_end(server: Server) -> None:
