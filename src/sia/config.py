@@ -499,6 +499,7 @@ class Config:
     generations: int = MISSING
     seed: int = MISSING
     workers: int = MISSING
+    web: bool = MISSING
     resume: str | None = MISSING
     trusted_packages: list[str] = MISSING
 

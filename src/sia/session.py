@@ -29,7 +29,9 @@ from sia.tracking import Tracker
 
 WIDTH = 200  # of the table of spending; a narrow terminal breaks its lines, not its numbers
 # What may differ between a run and its continuation: how far it goes, not what it is.
-EXTENDABLE = ("generations", "workers", "budget", "tracking", "resume")
+EXTENDABLE = ("generations", "workers", "budget", "tracking", "web", "resume")
+# Of how a run is watched or taken up, not of the run: left out of its recorded configuration.
+UNRECORDED = ("resume", "web")
 
 
 def run(
@@ -52,13 +54,14 @@ def run(
     if resumed:
         node = _recorded(Path(node.resume), node, overrides)
         choices = {**choices, **_recorded_choices(Path(path))}
+    watched = OmegaConf.select(node, "web", default=False)  # the record of a run has none
     cfg = cast(Config, node)
     checked = build.check(cfg)
     data.ensure(checked.task, ask=sys.stdin.isatty() and console.is_terminal)
     checked.check_machine()
     gateway = build.gateway(cfg, path)
     build.place_harness(cfg, checked)
-    text = OmegaConf.to_yaml(_without_resume(node), resolve=True)
+    text = OmegaConf.to_yaml(_recordable(node), resolve=True)
     if resumed:
         run_dir = RunDir.resume(path)
     else:
@@ -70,6 +73,10 @@ def run(
         for warning in checked.task.facts.warnings:
             _say(console, f"warning   {warning}")
         _say(console, f"sandbox   {checked.sandbox.protects}")
+        if watched:
+            from sia.web import child
+
+            _say(console, f"page      {child.start(path)}")
         with gateway as models:
             return _play(cfg, checked, run_dir, models, console)
     finally:
@@ -296,8 +303,8 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _without_resume(node: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(node, [str(key) for key in node if key != "resume"])
+def _recordable(node: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(node, [str(key) for key in node if key not in UNRECORDED])
 
 
 def _say(console: Console, text: str) -> None:

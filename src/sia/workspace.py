@@ -101,14 +101,15 @@ def diff(before: Path, after: Path) -> str:
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             lines += difflib.unified_diff(
-                old.get(name, "").splitlines(keepends=True),
-                new.get(name, "").splitlines(keepends=True),
+                old.get(name, "").splitlines(),
+                new.get(name, "").splitlines(),
                 fromfile=f"a/{name}",
                 tofile=f"b/{name}",
+                lineterm="",
             )
     if len(lines) > MAX_DIFF_LINES:
-        lines = [*lines[:MAX_DIFF_LINES], f"… {len(lines) - MAX_DIFF_LINES} more lines\n"]
-    return "".join(lines)
+        lines = [*lines[:MAX_DIFF_LINES], f"… {len(lines) - MAX_DIFF_LINES} more lines"]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _texts(folder: Path) -> dict[str, str]:

@@ -48,7 +48,14 @@ def test_the_wheel_holds_every_package_and_every_option(tmp_path: Path) -> None:
     }
     options = {f"sia/conf/{p.relative_to(ROOT / 'conf')}" for p in (ROOT / "conf").rglob("*.yaml")}
     template = {f"sia/tasks/llm_harness/{name}.yaml" for name in ("harness", "space")}
-    assert (code | options | template | {"sia/py.typed"}) - held == set()
+    pages = ROOT / "src" / "sia" / "pages"
+    shown = {
+        path.relative_to(ROOT / "src").as_posix()
+        for folder in ("assets", "templates")
+        for path in (pages / folder).rglob("*")
+        if path.is_file()
+    }
+    assert (code | options | template | shown | {"sia/py.typed"}) - held == set()
 
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)

@@ -1,5 +1,6 @@
 """The mirror in MLflow: real MLflow on SQLite, followers as processes of their own."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from sia.provenance import tree_sha256
 from sia.records import (
     Attempt,
     Candidate,
@@ -27,8 +29,9 @@ from sia.records import (
     Outcome,
     Proposal,
     RunResult,
+    Update,
 )
-from sia.rundir import RunDir, RunInfo, candidate_dir
+from sia.rundir import RunDir, RunInfo, candidate_dir, policy_dir
 from sia.tracking import MlflowMirror, NoTracking, Tracker
 from sia.tracking.__main__ import main
 
@@ -75,19 +78,24 @@ def create(path: Path, run_id: str = "run-1") -> RunDir:
         config_sha256="c0ffee",
         created_at="2026-01-02T03:04:05+00:00",
         protocol=1,
-        provenance={"git": "abc123"},
+        provenance={"git": "abc123", "choices": {"experiment": "table1", "sweep": None}},
     )
-    config = "meta: {name: scripted}\nsearch: greedy\nloop: {generations: 4}\nseed: 7\n"
+    config = (
+        "meta: {name: scripted}\nsearch: greedy\nloop: {generations: 4}\nseed: 7\n"
+        "weights: {name: auto}\nlevers: [harness, weights, stop]\n"
+    )
     return RunDir.create(path, info, config)
 
 
-def turn(run: RunDir, index: int, score: float | None) -> None:
-    """Writes one generation as the loop does."""
+def turn(run: RunDir, index: int, score: float | None, *, trained: bool = False) -> None:
+    """Writes one generation as the loop does; of one that was trained, the policy as well."""
     candidate = Candidate(
         id=f"g{index:03}-c0",
         generation=index,
         index=0,
-        parent=None,
+        parent=f"g{index - 1:03}-c0" if index else None,
+        lever=Lever.WEIGHTS if trained else Lever.HARNESS,
+        policy=f"g{index:03}-c0" if trained else "",
         proposal=Proposal(
             hypothesis="Faster", source="move:1", changes={"k@1": 3, "a.py": "x" * 9999}
         ),
@@ -95,7 +103,7 @@ def turn(run: RunDir, index: int, score: float | None) -> None:
     folder = candidate_dir(run.path, index, 0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "improvement.md").write_text("# Faster\n")
-    (folder / "harness.diff").write_text("-a\n+b\n")
+    (folder / "harness.diff").write_text("--- a/a.py\n+++ b/a.py\n@@ -1 +1 @@\n-a\n+b\n")
     (folder / "stdout.log").write_text("y" * 100_000 + "end")
     (folder / "usage.json").write_text(json.dumps({"wall_s": 1.5, "cpu_s": 1, "max_rss_mib": 64}))
     outcome = Outcome.CRASHED if score is None else Outcome.OK
@@ -106,6 +114,8 @@ def turn(run: RunDir, index: int, score: float | None) -> None:
         n_items=4,
         metrics={"pass@1": 0.5},
         symptoms={"empty": 0.1},
+        breakdown={"recall": {"left": 0.5, "right": 0.25}},
+        items={"i1": 1.0, "i2": 0.0},
     )
     attempt = Attempt(candidate=candidate.id, outcome=outcome, reason="" if score else "exit 1")
     closed = Generation(
@@ -117,6 +127,14 @@ def turn(run: RunDir, index: int, score: float | None) -> None:
     )
     step = run.journal.step
     step(f"{index:04}/0/candidate", Candidate, lambda: candidate)
+    if trained:
+        record = {"policy": {"kind": "label"}, "base": "e5", "base_sha256": "b" * 64}
+        policy = policy_dir(run.path, candidate.id)
+        policy.mkdir()
+        (policy / "update.json").write_text(json.dumps(record))
+        (policy / "adapter_model.safetensors").write_bytes(bytes([index]))
+        update = Update(candidate=candidate.id, recipe="sft", report={"steps": 40.0})
+        step(f"{index:04}/0/update", Update, lambda: update)
     step(f"{index:04}/0/attempt", Attempt, lambda: attempt)
     if score is not None:
         step(f"{index:04}/0/evaluation", Evaluation, lambda: evaluation)
@@ -166,11 +184,38 @@ def contents(database: Path) -> dict[str, Any]:
                         [run_id],
                     )
                 ),
-                "inputs": db.execute(
-                    "SELECT count(*) FROM inputs WHERE destination_id = ?", [run_id]
-                ).fetchone()[0],
+                "inputs": sorted(
+                    db.execute(
+                        "SELECT d.name, t.value FROM inputs i JOIN datasets d"
+                        " ON d.dataset_uuid = i.source_id JOIN input_tags t"
+                        " ON t.input_uuid = i.input_uuid WHERE i.destination_id = ?",
+                        [run_id],
+                    )
+                ),
+                "versions": [
+                    (model, dict(tags_of(db, model, version)))
+                    for model, version in db.execute(
+                        "SELECT name, version FROM model_versions WHERE run_id = ?"
+                        " ORDER BY name, version",
+                        [run_id],
+                    )
+                ],
             }
         return runs
+
+
+def tags_of(db: sqlite3.Connection, model: str, version: int) -> list[tuple[str, str]]:
+    query = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
+    return list(db.execute(query, [model, version]))
+
+
+def experiment_tags(database: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(database)) as db:
+        query = (
+            "SELECT key, value FROM experiment_tags t JOIN experiments e"
+            " ON e.experiment_id = t.experiment_id WHERE e.name = 'sia/toy/hard'"
+        )
+        return dict(db.execute(query))
 
 
 def artifacts(database: Path, name: str) -> Path:
@@ -209,6 +254,7 @@ def test_run_becomes_a_parent_with_one_child_per_generation(database: Path, tmp_
         "task": "toy/hard",
         "meta": "scripted",
         "target": "echo",
+        "weights": "auto",
         "search": "greedy",
         "generations": "4",
         "seed": "7",
@@ -224,7 +270,13 @@ def test_run_becomes_a_parent_with_one_child_per_generation(database: Path, tmp_
     assert child["params"]["source"] == "move:1"
     assert child["params"]["change/k_at_1"] == "3"
     assert len(child["params"]["change/a.py"]) == 500
-    assert child["inputs"] == 1
+    assert child["inputs"] == [("toy/hard/dev", "evaluation"), ("toy/hard/public", "feedback")]
+    assert parent["inputs"] == [("toy/hard/public", "feedback")]
+    for tags in (parent["tags"], child["tags"]):
+        assert tags["sia.arm"] == "harness+weights"
+        assert (tags["sia.task"], tags["sia.seed"]) == ("toy/hard", "7")
+        assert tags["sia.experiment"] == "table1"
+        assert "sia.sweep" not in tags
     scalars = {key: value for key, _, value, _ in child["metrics"]}
     assert scalars == {
         "score/dev": 0.5,
@@ -239,13 +291,106 @@ def test_run_becomes_a_parent_with_one_child_per_generation(database: Path, tmp_
     folder = artifacts(database, "gen-001")
     assert folder.is_relative_to(database.parent / "mlartifacts" / "sia-toy-hard")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "dev",
         "evaluation.json",
         "harness.diff",
+        "harness.html",
         "improvement.md",
         "stdout.log",
     ]
     assert len((folder / "stdout.log").read_bytes()) == 64 * 1024
+    assert json.loads(child["tags"]["mlflow.loggedArtifacts"]) == [
+        {"path": "dev/recall.json", "type": "table"}
+    ]
+    assert json.loads((folder / "dev/recall.json").read_text()) == {
+        "columns": ["name", "value"],
+        "data": [["left", 0.5], ["right", 0.25]],
+    }
     assert (artifacts(database, PARENT.removeprefix("run-1/")) / "config.yaml").is_file()
+
+
+def trained_run(path: Path, run_id: str = "run-1") -> Path:
+    """The second and the third generation are updates of the weights."""
+    run = create(path, run_id)
+    for index, score in enumerate([0.25, 0.5, 0.75]):
+        turn(run, index, score, trained=index > 0)
+    finish(run)
+    return path
+
+
+def test_an_adapter_becomes_a_model_version_with_its_lineage(
+    database: Path, tmp_path: Path
+) -> None:
+    run = trained_run(tmp_path / "run")
+    sync(database, run)
+    runs = contents(database)
+    assert runs["run-1/gen-000"]["versions"] == []
+    ((model, first),) = runs["run-1/gen-001"]["versions"]
+    ((_, second),) = runs["run-1/gen-002"]["versions"]
+    assert model == "sia-toy-hard-label"
+    assert first["sia.sha256"] == tree_sha256(policy_dir(run, "g001-c0"))
+    assert second["sia.parent_sha256"] == first["sia.sha256"]
+    assert second["sia.parent"] == "g001-c0"
+    assert "sia.parent" not in first
+    assert (second["sia.dev_before"], second["sia.dev_after"]) == ("0.5", "0.75")
+    assert (second["sia.base"], second["sia.base_sha256"]) == ("e5", "b" * 64)
+    assert (second["sia.run_id"], second["sia.candidate"]) == ("run-1", "g002-c0")
+    copied = artifacts(database, "gen-002") / "policy"
+    assert (copied / "adapter_model.safetensors").read_bytes() == b"\x02"
+    lineage = json.loads((copied / "lineage.json").read_text())
+    assert lineage["report"] == {"steps": 40.0}
+    assert lineage["adapters"][0]["base_sha256"] == "b" * 64
+
+    assert sync(database, run) == 0
+    assert contents(database) == runs
+
+
+def test_a_version_is_not_entered_twice_after_a_kill(database: Path, tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run")
+    sync(database, run)
+    whole = contents(database)
+    with closing(sqlite3.connect(database)) as db:
+        db.execute("UPDATE runs SET status='RUNNING', end_time=NULL WHERE name='gen-002'")
+        db.commit()
+    sync(database, run)
+    assert contents(database) == whole
+
+
+def test_a_large_adapter_is_named_by_path_and_digest(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sia.tracking.lineage.MAX_COPIED", 10)
+    run = trained_run(tmp_path / "run")
+    sync(database, run)
+    copied = artifacts(database, "gen-001") / "policy"
+    assert [path.name for path in copied.iterdir()] == ["lineage.json"]
+    ((_, tags),) = contents(database)["run-1/gen-001"]["versions"]
+    assert tags["sia.path"] == str(policy_dir(run, "g001-c0"))
+
+
+def test_an_experiment_opens_on_its_scores_and_keeps_what_people_wrote(
+    database: Path, tmp_path: Path
+) -> None:
+    sync(database, finished_run(tmp_path / "run"))
+    tags = experiment_tags(database)
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "harness.html" in tags["mlflow.note.content"]
+    view = json.loads(tags["mlflow.sharedViewState.sia"])
+    assert [chart["metricKey"] for chart in json.loads(view["state"])["compareRunCharts"]][:2] == [
+        "best/dev",
+        "score/dev",
+    ]
+    changes = {
+        "mlflow.note.content": "Ours.",
+        "mlflow.sharedViewState.sia": "of an older release",
+        "mlflow.experimentKind": "genai_development_inferred",  # MLflow's page writes this
+    }
+    with closing(sqlite3.connect(database)) as db:
+        for key, value in changes.items():
+            db.execute("UPDATE experiment_tags SET value=? WHERE key=?", [value, key])
+        db.commit()
+    sync(database, finished_run(tmp_path / "other", "run-2"))
+    assert experiment_tags(database) == {**tags, "mlflow.note.content": "Ours."}
 
 
 def test_second_sync_changes_nothing(
@@ -524,20 +669,26 @@ def test_package_is_light_and_satisfies_the_protocol() -> None:
     assert done.stdout == "False\n"
 
 
-def test_the_page_opens_on_the_right_database_and_leaves_no_process(
-    database: Path,
+def test_the_page_opens_on_scores_by_generation_and_leaves_no_process(
+    database: Path, tmp_path: Path
 ) -> None:
+    sync(database, finished_run(tmp_path / "run"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     page = subprocess.Popen(
         [sys.executable, "-m", "sia.tracking", "ui", "--port", str(port)],
         cwd=database.parent,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     try:
+        assert page.stdout is not None
+        assert page.stdout.readline().startswith(f"http://127.0.0.1:{port} ")
+        name, _, address = page.stdout.readline().strip().partition(": scores by generation, ")
+        assert name == "sia/toy/hard"
         deadline = time.monotonic() + 90
         while True:
             try:
@@ -548,9 +699,11 @@ def test_the_page_opens_on_the_right_database_and_leaves_no_process(
                 assert page.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
+        shows_our_view(address)
     finally:
         page.terminate()
         page.wait(timeout=30)
+        page.stdout.close()
     deadline = time.monotonic() + 20
     session = ["pgrep", "-s", str(page.pid)]
     while subprocess.run(session, capture_output=True, check=False).returncode == 0:
@@ -583,3 +736,21 @@ def test_runs_that_start_at_once_nest_their_own_generations(tmp_path: Path) -> N
     assert {run["status"] for run in runs.values()} == {"FINISHED"}
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def shows_our_view(address: str) -> None:
+    """In Chromium; without it, or without playwright, the address alone has to do."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None or importlib.util.find_spec("playwright") is None:
+        return
+    from playwright.sync_api import expect, sync_playwright
+
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        opened = browser.new_page(viewport={"width": 1600, "height": 1000})
+        opened.goto(address)
+        for text in ("Scores by generation", "Self-improving agents on", "best/dev"):
+            expect(opened.get_by_text(text).first).to_be_visible(timeout=90_000)
+        expect(opened.locator(".js-plotly-plot").first).to_be_visible(timeout=90_000)
+        browser.close()

@@ -1,8 +1,10 @@
 """What tracking makes of a run directory; no MLflow here."""
 
+import re
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from sia.records import Attempt, Candidate, Evaluation, Generation, Outcome, Proposal
 from sia.rundir import JOURNAL_FILE, RunDir, RunInfo, candidate_dir
@@ -122,3 +124,23 @@ def test_places_come_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_sqlite_needs_a_file(uri: str) -> None:
     with pytest.raises(TrackingError, match="names no file"):
         locate(uri=uri)
+
+
+def test_a_models_words_stay_words(run: RunDir) -> None:
+    text = "![x](http://elsewhere/x.png) [y](javascript:alert(1)) <img src=x> # big\n\n- list"
+    step = run.journal.step
+    candidate = Candidate(
+        id="g000-c0", generation=0, index=0, parent=None, proposal=Proposal(hypothesis=text)
+    )
+    step("0000/0/candidate", Candidate, lambda: candidate)
+    attempt = Attempt(candidate="g000-c0", outcome=Outcome.CRASHED, reason="`exit` 1")
+    step("0000/0/attempt", Attempt, lambda: attempt)
+    closed = Generation(
+        index=0, candidates=("g000-c0",), incumbent=None, best_score=None, accepted=False
+    )
+    step("0000/generation", Generation, lambda: closed)
+    (generation,) = RunView(run.path).closed()
+    html = MarkdownIt("commonmark").render(generation.tags["mlflow.note.content"])
+    assert not {"<img", "<a ", "<h1", "<ul", "<code"} & {tag for tag in re.findall(r"<\w+ ?", html)}
+    assert "http://elsewhere/x.png" in html
+    assert "exit" in html

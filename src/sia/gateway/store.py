@@ -318,18 +318,36 @@ def read_spend(path: Path) -> dict[Role, Spend]:
         return spend_in(db)
 
 
+def read_scopes(path: Path) -> dict[tuple[str, Role], Spend]:
+    """What each role has spent in each scope, by the order of first calls; empty without a store.
+
+    No texts are read, so it takes little time also for a large store.
+    """
+    if (db := open_reader(path)) is None:
+        return {}
+    with contextlib.closing(db):
+        rows = _sums(db, "scope, role", "min(id)")
+        return {(scope, Role(role)): _spend(sums) for scope, role, *sums in rows}
+
+
 def spend_in(db: sqlite3.Connection) -> dict[Role, Spend]:
     """What each role has spent, by an open store."""
-    rows = db.execute(
-        "select role, sum(source = '' and failure = ''), sum(source = '' and failure != ''),"
+    return {Role(role): _spend(sums) for role, *sums in _sums(db, "role", "role")}
+
+
+def _sums(db: sqlite3.Connection, by: str, order: str) -> sqlite3.Cursor:
+    """The groups, each followed by the numbers of `Spend`."""
+    return db.execute(
+        f"select {by}, sum(source = '' and failure = ''), sum(source = '' and failure != ''),"
         " sum(source != ''), sum((source = '') * input_tokens), sum((source = '') * cached_tokens),"
         " sum((source = '') * output_tokens), sum((source = '') * coalesce(cost_usd, 0)),"
         " sum(source = '' and cost_usd is null)"
-        " from exchanges where counted group by role order by role"
+        f" from exchanges where counted group by {by} order by {order}"
     )
-    return {
-        Role(role): Spend(**dict(zip(vars(Spend()), sums, strict=True))) for role, *sums in rows
-    }
+
+
+def _spend(sums: list[Any]) -> Spend:
+    return Spend(**dict(zip(vars(Spend()), sums, strict=True)))
 
 
 def _exchange(row: tuple[Any, ...]) -> Exchange:

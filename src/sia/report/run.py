@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file as well")
+    parser.add_argument("--html", type=Path, help="write one run, examined or not, to this file")
     args = parser.parse_args(argv)
+    if args.html:
+        return _write_page(args.runs, args.html)
     console = Console()
     texts = []
     try:
@@ -66,6 +69,23 @@ def read_exam(run: Path) -> Exam:
             f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
         )
     return found
+
+
+def _write_page(runs: Sequence[Path], file: Path) -> int:
+    from sia.pages.document import document
+
+    try:
+        if len(runs) != 1:
+            raise RunDirectoryError(
+                f"--html is for one run, not for {len(runs)}. Compare runs: python -m sia.web"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rundir.write_atomic(file, document(runs[0]).encode())
+    except SiaError as error:
+        print(f"sia: {error}", file=sys.stderr)
+        return error.exit_code
+    print(file)
+    return 0
 
 
 def show(console: Console, run: Path, exam: Exam) -> None:

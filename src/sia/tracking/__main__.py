@@ -161,10 +161,23 @@ def _ui(location: Location, host: str, port: int) -> int:
         raise TrackingError(
             f"{location.database} does not exist. Create it: python -m sia.tracking init"
         )
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", location.uri]
-    command += ["--host", host, "--port", str(port)]
-    # The page needs none of the server's job workers: six processes that may outlive it.
-    environment = {**child_environment(location), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    mlflow = _mlflow()
+    with mlflow.reported(location), mlflow.connected(location):
+        found = mlflow.pages(location)
+    address = f"http://{host}:{port}"
+    print(f"{address}  (a little patience: MLflow takes some seconds to start)")
+    for name, path in found.items():
+        print(f"  {name}: scores by generation, {address}{path}")
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "mlflow", "ui"]
+    command += ["--backend-store-uri", location.uri, "--host", host, "--port", str(port)]
+    command += ["--workers", "1"]  # a page for one person; each worker takes seconds to start
+    environment = {
+        **child_environment(location),
+        # The page needs none of the server's job workers: six processes that may outlive it.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PYTHONWARNINGS": "ignore",  # MLflow's about its own libraries
+    }
     os.execve(sys.executable, command, environment)
 
 

@@ -20,7 +20,7 @@ from sia.tracking.messages import Conversation, conversation
 
 MAX_SPANS = 100  # calls of one scope that are shown; a target may make one for each item
 MAX_PREVIEW = 1_000  # characters; MLflow refuses more
-_SCOPE = re.compile(r"g(\d+)(?:-c\d+)?/(\w+)")
+_SCOPE = re.compile(r"g(\d+)(?:-c\d+)?/([a-z]+)(?:-\d+)?")  # -2: a second session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +178,12 @@ class CallsView:
                 yield exchange
 
 
+def generation_of(scope: str) -> int | None:
+    """The generation that the calls of a scope count for, as in `ScopeCalls`."""
+    found = _SCOPE.fullmatch(scope)
+    return None if found is None else int(found[1]) + (found[2] == "decision")
+
+
 def _told(exchange: Exchange) -> Conversation:
     return conversation(exchange.format, exchange.request(), exchange.body())
 
@@ -192,12 +198,10 @@ def _added(known: ScopeCalls | None, exchange: Exchange) -> ScopeCalls:
     spend = exchange.spend()
     if known and _is_repeat(exchange):
         return replace(known, spend=known.spend + spend)
-    found = _SCOPE.fullmatch(exchange.scope)
-    generation = None if found is None else int(found[1]) + (found[2] == "decision")
     return ScopeCalls(
         scope=exchange.scope,
         role=exchange.role,
-        generation=generation,
+        generation=generation_of(exchange.scope),
         first=known.first if known else exchange.id,
         last=exchange.id,
         spans=known.spans + 1 if known else 1,

@@ -12,12 +12,14 @@ may stop anywhere, and the next call completes the work.
 """
 
 import fcntl
+import json
 import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,11 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sia.rundir import RUN_FILE, is_held, read_result
+from sia.tracking import experiment
 from sia.tracking.calls import CallsView, ScopeCalls
+from sia.tracking.lineage import PolicyView
 from sia.tracking.location import Location, TrackingError, first_line
-from sia.tracking.view import GenerationView, ParentView, RunView
+from sia.tracking.view import DatasetView, GenerationView, ParentView, RunView
 
 INIT_TIMEOUT_S = 120.0  # a new database takes about 5 s
 MIRROR_TIMEOUT_S = 5.0  # for the follower of an earlier session to end
@@ -173,6 +177,7 @@ class Mirror:
         missing = [Param(name, v) for name, v in parent.params.items() if name not in known]
         if missing:
             self._write_files(self._parent, parent.files)
+            self._write_datasets(self._parent, parent.datasets)
             self._client.log_batch(self._parent_id, params=missing)
 
     def _write(self, generation: GenerationView) -> None:
@@ -185,7 +190,9 @@ class Mirror:
             self._children[generation.index] = run
             self._run_ids[generation.index] = str(run.info.run_id)
         self._write_files(run, generation.files)
-        self._write_dataset(run)
+        self._write_datasets(run, generation.datasets)
+        if generation.policy is not None:
+            self._register(run, generation.policy)
         self._client.log_batch(
             run.info.run_id,
             metrics=[
@@ -262,16 +269,42 @@ class Mirror:
             self._client.log_batch(self._parent_id, metrics=metrics)
             self._paid |= paid
 
-    def _write_dataset(self, run: Run) -> None:
-        name, digest = self._view.dataset
-        data = Dataset(name=name, digest=digest, source_type="local", source=name)
-        inputs = [DatasetInput(data, [InputTag("mlflow.data.context", "feedback")])]
-        try:
-            self._client.log_inputs(run.info.run_id, inputs)
-        except MlflowException:
-            # Another run of the experiment entered the same dataset between MLflow's look and its
-            # insert; now it finds it.
-            self._client.log_inputs(run.info.run_id, inputs)
+    def _write_datasets(self, run: Run, datasets: tuple[DatasetView, ...]) -> None:
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=one.name,
+                    digest=one.digest,
+                    source_type="local",
+                    source=one.name,
+                    profile=json.dumps({"n_items": one.n_items}) if one.n_items else None,
+                ),
+                [InputTag("mlflow.data.context", one.context)],
+            )
+            for one in datasets
+        ]
+        # Another run of the experiment may enter the same dataset between MLflow's look and its
+        # insert.
+        _again(partial(self._client.log_inputs, run.info.run_id, inputs))
+
+    def _register(self, run: Run, policy: PolicyView) -> None:
+        """Enters a policy into the model registry, unless it is there."""
+        run_id = str(run.info.run_id)
+        self._write_files(run, {f"policy/{name}": data for name, data in policy.files.items()})
+        known = self._client.search_model_versions(f"run_id = '{run_id}'")
+        if any(one.tags.get("sia.candidate") == policy.candidate for one in known):
+            return
+        if not self._client.search_registered_models(f"name = '{policy.model}'"):
+            with suppress(MlflowException):  # another run was first; if not, the next call fails
+                self._client.create_registered_model(policy.model)
+        self._client.create_model_version(
+            policy.model,
+            source=f"{run.info.artifact_uri}/policy",
+            run_id=run_id,
+            tags=policy.tags,
+            description=policy.description,
+            await_creation_for=0,
+        )
 
     def _write_files(self, run: Run, files: dict[str, bytes]) -> None:
         folder = _local_path(run.info.artifact_uri)
@@ -341,6 +374,18 @@ def connected(location: Location) -> Iterator[None]:
 def count_experiments(location: Location) -> int:
     """How many experiments MLflow finds; 1,000 stand for more. A question that any fault breaks."""
     return len(MlflowClient(tracking_uri=location.uri).search_experiments(max_results=1000))
+
+
+def pages(location: Location) -> dict[str, str]:
+    """Experiment -> path of the page that shows its runs, for all of ours; newest use first."""
+    found = MlflowClient(tracking_uri=location.uri).search_experiments(
+        order_by=["last_update_time DESC"]
+    )
+    return {
+        one.name: experiment.page_path(one.experiment_id)
+        for one in found
+        if experiment.VIEW_TAG in one.tags
+    }
 
 
 def create_database(location: Location) -> None:
@@ -418,23 +463,41 @@ def _unsafe_but_fast() -> Iterator[None]:
 
 
 def _experiment(client: MlflowClient, name: str, location: Location) -> str:
-    """Id of the experiment; created where it is missing, by whichever process is first."""
+    """Id of the experiment; created where it is missing, by whichever process is first.
+
+    Its note, its view and its kind are written unless somebody has written others.
+    """
     found = client.get_experiment_by_name(name)
     if found is None:
         folder = name.replace("/", "-")
         root = location.artifacts and f"{location.artifacts.rstrip('/')}/{folder}"
         try:
-            return str(client.create_experiment(name, artifact_location=root))
+            client.create_experiment(name, artifact_location=root)
         except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            if client.get_experiment_by_name(name) is None:
                 raise
+        found = client.get_experiment_by_name(name)
+        assert found is not None
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"The experiment {name!r} was deleted in MLflow. Bring it back: "
             f"mlflow experiments restore --experiment-id {found.experiment_id}"
         )
-    return str(found.experiment_id)
+    identity = str(found.experiment_id)
+    for key, value in experiment.tags(name.partition("/")[2], found.creation_time or 0).items():
+        known = found.tags.get(key, "")
+        ours = key == experiment.VIEW_TAG or known.endswith("_inferred")  # by MLflow's page
+        if not known or (ours and known != value):
+            _again(partial(client.set_experiment_tag, identity, key, value))
+    return identity
+
+
+def _again(call: Callable[[], Any]) -> None:
+    """Calls, and once more where another process wrote the same row at the same time."""
+    try:
+        call()
+    except MlflowException:
+        call()
 
 
 def _tags(tags: dict[str, str]) -> dict[str, str]:
@@ -451,7 +514,9 @@ def _local_path(uri: str) -> Path | None:
 def _write_all(folder: Path, files: dict[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ Everything is derived from the run directory, times included (creation plus elap
 step), so a mirror that is written live and one that is rebuilt later are equal.
 """
 
+import hashlib
 import math
 import os
 import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ from sia.records import (
     to_json,
 )
 from sia.rundir import CONFIG_FILE, EXAM_FILE, JOURNAL_FILE, Line, candidate_dir, read_info
+from sia.tracking.artifacts import diff_page, shown_as_tables, tables
+from sia.tracking.lineage import PolicyView, policy_view
 
 FILTERED = (
     "task", "meta", "target", "weights", "search", "feedback", "sandbox", "seed", "generations",
@@ -52,6 +55,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class DatasetView:
+    """Data that went into a run: which, never what is in them.
+
+    Attributes:
+        context: What they are for: `feedback` or `evaluation`.
+        n_items: 0 where that is not known.
+    """
+
+    name: str
+    digest: str
+    context: str
+    n_items: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParentView:
     """The MLflow run that stands for a whole run."""
 
@@ -60,6 +78,7 @@ class ParentView:
     tags: dict[str, str]
     params: dict[str, str]
     files: dict[str, bytes]
+    datasets: tuple[DatasetView, ...]
     started_ms: int
 
 
@@ -70,6 +89,7 @@ class GenerationView:
     Attributes:
         failed: Nothing of this generation could be scored.
         totals: Metrics of the parent at the step `index`.
+        policy: What an update of the weights made in this generation; None without one.
     """
 
     index: int
@@ -79,6 +99,8 @@ class GenerationView:
     metrics: dict[str, float]
     totals: dict[str, float]
     files: dict[str, bytes]
+    datasets: tuple[DatasetView, ...]
+    policy: PolicyView | None
     failed: bool
     started_ms: int
     ended_ms: int
@@ -103,6 +125,9 @@ class RunView:
         self._open: defaultdict[int, dict[str, Line]] = defaultdict(dict)
         self._levers = {0: Lever.HARNESS.value}
         self._outcomes: Counter[str] = Counter()
+        self._policies: dict[str, str] = {}  # candidate -> the one whose update made its policy
+        self._scores: dict[str, float | None] = {}
+        self._config = _config(_read(self.path / CONFIG_FILE))
 
     @property
     def ended_ms(self) -> int:
@@ -110,11 +135,25 @@ class RunView:
         return self._at(self._elapsed_s)
 
     @property
-    def dataset(self) -> tuple[str, str]:
-        """Name and digest of the data that candidates may read."""
+    def _public(self) -> DatasetView:
+        """The data that candidates may read."""
         info = self.info
         found = _find(info.provenance, ("public_sha256", "public_digest", "data_sha256", "data"))
-        return f"{info.task}/public", str(found or f"version-{info.task_version}")[:32]
+        digest = str(found or f"version-{info.task_version}")[:32]
+        return DatasetView(name=f"{info.task}/public", digest=digest, context="feedback")
+
+    @property
+    def _about(self) -> dict[str, str]:
+        """Tags that each MLflow run of this run has, to search and to group by."""
+        info = self.info
+        return {
+            "sia.run_id": info.run_id,
+            "sia.task": info.task,
+            "sia.seed": str(info.seed),
+            "sia.arm": self._arm(),
+            "sia.experiment": self._choice("experiment"),
+            "sia.sweep": self._choice("sweep"),
+        }
 
     def size(self) -> int:
         """Bytes in the journal now; cheap, for polling."""
@@ -128,16 +167,19 @@ class RunView:
         info = self.info
         config = _read(self.path / CONFIG_FILE)
         known = {"task": info.task, "meta": info.meta, "target": info.target, "seed": info.seed}
-        values = {**_choices(config), **known}
+        values = {**_choices(self._config), **known}
         note = (
-            f"{info.meta} improves {info.target} on {info.task}, seed {info.seed}.\n\n"
+            f"{info.meta} improves {info.target} on {info.task}, seed {info.seed}. The runs below "
+            "are its generations. Metrics here have the generation as their step: `best/dev` is "
+            "the incumbent's dev score, `score/dev` that of the generation, `score/test` the "
+            "sealed test, once opened. Configuration: `config.yaml` among the artifacts.\n\n"
             f"Records: `{self.path}`"
         )
         return ParentView(
             experiment=f"sia/{info.task}",
             name=f"{info.task}-{info.meta}-{info.target}-s{info.seed}",
             tags={
-                "sia.run_id": info.run_id,
+                **self._about,
                 "sia.git": str(info.provenance.get("git", "")),
                 "sia.config_sha": info.config_sha256,
                 "sia.task_version": str(info.task_version),
@@ -145,6 +187,7 @@ class RunView:
             },
             params={key: str(values[key])[:MAX_VALUE] for key in FILTERED if key in values},
             files={} if config is None else {CONFIG_FILE: config},
+            datasets=(self._public,),
             started_ms=self._created_ms,
         )
 
@@ -190,6 +233,9 @@ class RunView:
         self._outcomes.update(
             result.outcome.value for result in results if result.outcome is not Outcome.OK
         )
+        for result in results:
+            self._policies[result.candidate.id] = result.candidate.policy
+            self._scores[result.candidate.id] = result.score
         if known:
             return None
         totals = {"wall_s": self._elapsed_s}
@@ -198,58 +244,110 @@ class RunView:
             totals["best/dev"] = generation.best_score
         index = generation.index
         tags = {
-            "sia.run_id": self.info.run_id,
+            **self._about,
             "sia.generation": str(index),
             "sia.lever": lever,
             "sia.accepted": str(generation.accepted).lower(),
         }
         best = max(results, key=_rank, default=None)
-        if best is None:
-            return self._view(index, tags, {}, {}, totals, {}, failed=True)
+        view = GenerationView(
+            index=index,
+            name=f"gen-{index:03}",
+            tags=tags,
+            params={},
+            metrics={},
+            totals=totals,
+            files={},
+            datasets=(self._public,),
+            policy=None,
+            failed=True,
+            started_ms=self._at(self._closed_s),
+            ended_ms=self._at(self._elapsed_s),
+        )
+        return view if best is None else self._filled(view, best, results, steps)
+
+    def _filled(
+        self,
+        view: GenerationView,
+        best: Result,
+        results: list[Result],
+        steps: Mapping[str, Line],
+    ) -> GenerationView:
+        """The view of a generation with its best candidate."""
+        candidate, evaluation = best.candidate, best.evaluation
+        tags, totals, datasets = dict(view.tags), dict(view.totals), view.datasets
         if best.score is not None:
             totals["score/dev"] = best.score
-        proposal = best.candidate.proposal
         tags["sia.outcome"] = best.outcome.value
-        if best.candidate.policy:
-            tags["sia.policy"] = best.candidate.policy
-        tags["mlflow.note.content"] = "\n\n".join(
-            filter(None, [proposal.hypothesis, proposal.evidence, best.reason])
-        )[:MAX_NOTE]
-        folder = candidate_dir(self.path, index, best.candidate.index)
-        metrics = _metrics(best, folder, steps.get(f"{best.candidate.index}/attempt"))
+        if candidate.policy:
+            tags["sia.policy"] = candidate.policy
+        tags["mlflow.note.content"] = _note(best)
+        folder = candidate_dir(self.path, view.index, candidate.index)
+        metrics = _metrics(best, folder, steps.get(f"{candidate.index}/attempt"))
         if len(results) > 1:
             metrics |= {
                 f"cand-{result.candidate.index}/score_dev": result.score
                 for result in results
                 if result.score is not None
             }
-        failed = best.outcome not in (Outcome.OK, Outcome.DUPLICATE)
         files = _files(best, folder)
-        return self._view(index, tags, _params(best), metrics, totals, files, failed=failed)
-
-    def _view(
-        self,
-        index: int,
-        tags: dict[str, str],
-        params: dict[str, str],
-        metrics: dict[str, float],
-        totals: dict[str, float],
-        files: dict[str, bytes],
-        *,
-        failed: bool,
-    ) -> GenerationView:
-        return GenerationView(
-            index=index,
-            name=f"gen-{index:03}",
+        if evaluation is not None:
+            shown = tables(evaluation)
+            files |= shown
+            if shown:
+                tags["mlflow.loggedArtifacts"] = shown_as_tables(shown)
+            datasets = (*datasets, self._dev(evaluation))
+        return replace(
+            view,
             tags=tags,
-            params=params,
+            params=_params(best),
             metrics=metrics,
             totals=totals,
             files=files,
-            failed=failed,
-            started_ms=self._at(self._closed_s),
-            ended_ms=self._at(self._elapsed_s),
+            datasets=datasets,
+            policy=self._policy(best),
+            failed=best.outcome not in (Outcome.OK, Outcome.DUPLICATE),
         )
+
+    def _dev(self, evaluation: Evaluation) -> DatasetView:
+        """The items that steer the search.
+
+        The digest is of their ids: one of their labels could be confirmed by guessing.
+        """
+        ids = "\n".join(sorted(evaluation.items))
+        digest = hashlib.sha256(ids.encode()).hexdigest() if ids else self._public.digest
+        return DatasetView(
+            name=f"{self.info.task}/dev",
+            digest=digest[:32],
+            context="evaluation",
+            n_items=evaluation.n_items,
+        )
+
+    def _policy(self, result: Result) -> PolicyView | None:
+        candidate, parent = result.candidate, result.candidate.parent or ""
+        if result.update is None or candidate.policy != candidate.id:
+            return None
+        return policy_view(
+            self.path,
+            self.info,
+            candidate,
+            result.update,
+            parent=self._policies.get(parent, ""),
+            before=self._scores.get(parent),
+            after=result.score,
+        )
+
+    def _arm(self) -> str:
+        """Which levers the run could pull, such as `harness+weights`; empty if unknown."""
+        levers = self._config.get("levers")
+        trained = _name(self._config.get("weights")) != "none"
+        named = (Lever.HARNESS, Lever.WEIGHTS) if trained else (Lever.HARNESS,)
+        return "+".join(one for one in named if isinstance(levers, list) and one in levers)
+
+    def _choice(self, group: str) -> str:
+        """The file that was chosen of a group of the configuration; empty for none."""
+        choices = self.info.provenance.get("choices")
+        return str(choices.get(group) or "") if isinstance(choices, dict) else ""
 
     def _lines(self) -> Iterator[Line]:
         try:
@@ -343,10 +441,31 @@ def _metrics(result: Result, folder: Path, attempt: Line | None) -> dict[str, fl
     return metrics
 
 
+def _note(result: Result) -> str:
+    """What was tried and what became of it; a model's words stay words, not Markdown."""
+    proposal = result.candidate.proposal
+    told = {
+        "Hypothesis": proposal.hypothesis,
+        "Evidence": proposal.evidence,
+        "Expected": proposal.expected_effect,
+        "Failure": result.reason,
+    }
+    parts = [f"**{name}.** {_plain(text)}" for name, text in told.items() if text]
+    return "\n\n".join(parts)[:MAX_NOTE]
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: no links, pictures or HTML of its own."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+.!|~:&-])", r"\\\1", " ".join(text.split()))
+
+
 def _files(result: Result, folder: Path) -> dict[str, bytes]:
+    diff = _read(folder / "harness.diff")
+    title = f"{result.candidate.id}: changes to the harness of {result.candidate.parent}"
     files = {
         "improvement.md": _read(folder / "improvement.md"),
-        "harness.diff": _read(folder / "harness.diff"),
+        "harness.diff": diff,
+        "harness.html": diff and diff_page(diff.decode("utf-8", "replace"), title).encode(),
         "stdout.log": _read(folder / "stdout.log", tail=LOG_TAIL),
         "stderr.log": _read(folder / "stderr.log", tail=LOG_TAIL),
     }
@@ -373,25 +492,33 @@ def _read(path: Path, *, tail: int | None = None) -> bytes | None:
         return stream.read()
 
 
-def _choices(config: bytes | None) -> dict[str, str]:
-    """What the resolved configuration says about the params people filter on."""
+def _config(data: bytes | None) -> dict[str, Any]:
+    """The resolved configuration; empty where it cannot be read."""
     try:
-        content = yaml.safe_load(config or b"")
+        content = yaml.safe_load(data or b"")
     except yaml.YAMLError:
         return {}
-    if not isinstance(content, dict):
-        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _choices(content: Mapping[str, Any]) -> dict[str, str]:
+    """What the configuration says about the params people filter on."""
     sections = [content, *(value for value in content.values() if isinstance(value, dict))]
     chosen: dict[str, str] = {}
     for name in FILTERED:
         for section in sections:
-            value = section.get(name)
-            if isinstance(value, dict):
-                value = value.get("name") or str(value.get("_target_", "")).rpartition(".")[2]
+            value = _name(section.get(name))
             if value is not None and value != "" and not isinstance(value, list):
                 chosen[name] = str(value)
                 break
     return chosen
+
+
+def _name(value: Any) -> Any:
+    """Of a group of the configuration: its name, or that of its class; else the value itself."""
+    if isinstance(value, dict):
+        return value.get("name") or str(value.get("_target_", "")).rpartition(".")[2]
+    return value
 
 
 def _find(data: Mapping[str, Any], names: Collection[str]) -> str | None:
