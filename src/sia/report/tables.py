@@ -22,7 +22,7 @@ class Table:
 
     Attributes:
         name: Of its files.
-        columns: Header -> cell of a row. CSV has the fields of the dataclass instead, unrounded.
+        columns: Header -> cell of a row. CSV has the fields of the dataclass instead.
         notes: Below the table, one paragraph each.
     """
 
@@ -64,23 +64,21 @@ def latex(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Every field of the rows, unrounded; empty where there is no value, lists joined by spaces."""
+    """Every field of the rows, to twelve digits; empty where there is no value, lists joined by spaces."""
     out = io.StringIO()
     names = [field.name for field in fields(table.rows[0])] if table.rows else []
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
     for row in table.rows:
-        writer.writerow(
-            {
-                name: ""
-                if value is None
-                else " ".join(value)
-                if isinstance(value, tuple)
-                else value
-                for name, value in asdict(row).items()
-            }
-        )
+        writer.writerow({name: _plain(value) for name, value in asdict(row).items()})
     return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return " ".join(value)
+    # The last digits of a float differ between machines.
+    return "" if value is None else round(value, 12) if isinstance(value, float) else value
 
 
 def escape(text: str) -> str:
