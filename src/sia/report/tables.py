@@ -64,7 +64,7 @@ def latex(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Every field of the rows, to twelve digits; empty where there is no value, lists joined by spaces."""
+    """Every field of the rows to twelve digits; empty for no value, lists joined by spaces."""
     out = io.StringIO()
     names = [field.name for field in fields(table.rows[0])] if table.rows else []
     writer = csv.DictWriter(out, names, lineterminator="\n")
