@@ -11,6 +11,7 @@ exam.json      the sealed test, once opened
 import errno
 import fcntl
 import os
+import re
 import shutil
 import threading
 import time
@@ -281,6 +282,21 @@ def status(run: Path) -> str:
     if (result := read_result(run)) is not None:
         return result.status
     return "running" if is_held(run) else "killed"
+
+
+def arm(config: str) -> str:
+    """The levers that a run could pull: `harness`, `weights`, `both`; empty where it had none.
+
+    Args:
+        config: Text of its `config.yaml`, as it was written. Reading it as YAML takes longer than
+            all else that is asked of a run in a long list.
+    """
+    found = re.search(r"^levers:\n((?:- .*\n)+)", config, re.MULTILINE)
+    names = set(found[1].replace("- ", "").split()) if found else set()
+    if re.search(r"^weights:\n(?: +.*\n)*? +name: none$", config, re.MULTILINE):
+        names.discard("weights")
+    pulled = [name for name in ("harness", "weights") if name in names]
+    return "both" if len(pulled) == 2 else "".join(pulled)
 
 
 def read_exam(run: Path) -> Exam | None:

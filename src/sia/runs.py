@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
 
 import msgspec
@@ -24,7 +23,6 @@ from sia import rundir, spend
 from sia.errors import ConfigError, RunDirectoryError, SiaError
 from sia.multirun import override
 from sia.records import Evaluation, Exam, ExamRow, Generation, from_data
-from sia.rundir import RunInfo
 
 WIDTH = 500  # more than any row needs: a table takes no more than its cells do
 DRAWS = 10_000  # of the bootstrap
@@ -124,7 +122,7 @@ def _row(run: Path, now: datetime) -> Row:
         task=info.task,
         meta=info.meta,
         target=info.target,
-        arm=_arm(run, info),
+        arm=rundir.arm((run / rundir.CONFIG_FILE).read_text("utf-8")),
         seed=info.seed,
         status=rundir.status(run),
         generations=generations,
@@ -133,20 +131,6 @@ def _row(run: Path, now: datetime) -> Row:
         cost_usd=spend.total(paid).cost_usd if paid else None,
         age_s=round((now - datetime.fromisoformat(info.created_at)).total_seconds(), 1),
     )
-
-
-def _arm(run: Path, info: RunInfo) -> str:
-    """`harness`, `weights` or `harness+weights`: the levers that the run could pull.
-
-    Reads a few lines of its configuration: YAML takes longer than all else together.
-    """
-    text = (run / rundir.CONFIG_FILE).read_text("utf-8")
-    words = text.partition("\nlevers:\n")[2].splitlines()
-    names = [word.removeprefix("- ") for word in takewhile(lambda w: w.startswith("- "), words)]
-    useless = {"stop"}
-    if info.provenance.get("choices", {}).get("weights") == "none":
-        useless.add("weights")
-    return "+".join(name for name in names if name not in useless)
 
 
 def _so_far(run: Path) -> tuple[int, float | None]:

@@ -273,7 +273,7 @@ def test_run_becomes_a_parent_with_one_child_per_generation(database: Path, tmp_
     assert child["inputs"] == [("toy/hard/dev", "evaluation"), ("toy/hard/public", "feedback")]
     assert parent["inputs"] == [("toy/hard/public", "feedback")]
     for tags in (parent["tags"], child["tags"]):
-        assert tags["sia.arm"] == "harness+weights"
+        assert tags["sia.arm"] == "both"
         assert (tags["sia.task"], tags["sia.seed"]) == ("toy/hard", "7")
         assert tags["sia.experiment"] == "table1"
         assert "sia.sweep" not in tags

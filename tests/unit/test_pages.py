@@ -82,7 +82,7 @@ class TestRun:
     def test_a_finished_run_is_whole(self, runs: Path) -> None:
         page = reader(runs).page()
         assert page.status == "finished"
-        assert page.arm == "harness+weights"
+        assert page.arm == "both"
         assert page.incumbent == "g001-c0"
         assert page.metric.name == "accuracy"
         assert page.failures == {"crashed": 1}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sia import rundir
 from sia.errors import RunDirectoryError, RunDirectoryInUse
@@ -131,3 +132,18 @@ def test_removing_a_folder_never_follows_a_link(tmp_path: Path) -> None:
     assert (kept / "file").exists()
     assert not (tmp_path / "link").exists()
     assert stat.S_ISDIR(os.stat(kept).st_mode)
+
+
+@pytest.mark.parametrize(
+    ("levers", "weights", "arm"),
+    [
+        (["harness", "weights", "stop"], "auto", "both"),
+        (["harness", "weights", "stop"], "none", "harness"),
+        (["weights", "stop"], "sft", "weights"),
+        (["stop"], "auto", ""),
+    ],
+)
+def test_the_arm_of_a_run_is_what_it_could_pull(levers: list[str], weights: str, arm: str) -> None:
+    config = {"levers": levers, "seed": 0, "weights": {"_target_": "x", "name": weights}}
+    assert rundir.arm(OmegaConf.to_yaml(OmegaConf.create(config))) == arm
+    assert rundir.arm("") == ""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import yaml
 
+from sia import rundir
 from sia.errors import RunDirectoryError, SiaError
 from sia.gateway.protocol import Role, Spend
 from sia.gateway.store import STORE_FILE, read_scopes
@@ -124,7 +124,7 @@ class RunPage:
         path: The same for a command line, relative to the working directory where it lies in it.
         status: `running`, `finished`, `interrupted`, `failed`, or `killed`: no end is recorded and
             nobody works on it.
-        arm: What it was allowed to choose, for example `harness+weights`.
+        arm: What it was allowed to choose, `harness`, `weights` or `both`.
         next_decision: What follows the last generation, already decided.
         spend: Of all model calls, by role.
         problem: Why not all of the run can be shown; empty when it can.
@@ -286,7 +286,7 @@ class RunReader:
             info=self.info,
             metric=metric_of(self.info.task),
             status=status_of(result, is_locked(self.folder, self.key)),
-            arm=arm_of(self._config, self.info),
+            arm=rundir.arm(self._config),
             result=result,
             exam=read_optional(self.folder, f"{self.key}/{EXAM_FILE}", Exam),
             ending=self._ending,
@@ -472,25 +472,6 @@ def _locked_inodes() -> set[int]:
     except OSError:
         return set()
     return {int(found[1]) for line in lines if (found := re.search(r"FLOCK .*:(\d+) 0 EOF", line))}
-
-
-def arm_of(config: str, info: RunInfo) -> str:
-    """What a run was allowed to choose, by its resolved configuration: `harness+weights`."""
-    found = re.search(r"^levers:[^\n]*\n(?:[- ][^\n]*\n)*", config, re.MULTILINE)
-    names = _levers(found[0]) if found else ()
-    choices = info.provenance.get("choices")
-    if isinstance(choices, dict) and choices.get("weights") == "none" and "harness" in names:
-        names = tuple(name for name in names if name != "weights")
-    return "+".join(names)
-
-
-@lru_cache  # a folder of a thousand runs has a handful of them
-def _levers(text: str) -> tuple[str, ...]:
-    try:
-        levers = yaml.safe_load(text)["levers"]
-    except (yaml.YAMLError, TypeError, KeyError):
-        return ()
-    return tuple(str(one) for one in levers if one != "stop") if isinstance(levers, list) else ()
 
 
 @lru_cache

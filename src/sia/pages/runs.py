@@ -11,14 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sia import spend
+from sia import rundir, spend
 from sia.errors import RunDirectoryError
 from sia.gateway.protocol import Spend
 from sia.pages.files import Folder, NotThere
 from sia.pages.run import (
     MAX_RECORD,
     RunReader,
-    arm_of,
     is_locked,
     metric_of,
     read_info,
@@ -215,7 +214,7 @@ class Runs:
         config = self.folder.text(f"{key}/{CONFIG_FILE}", limit=MAX_RECORD)
         return replace(
             line,
-            arm=arm_of(config, info),
+            arm=rundir.arm(config),
             status=status_of(result, locked=False),
             best=result.best,
             best_score=result.best_score,

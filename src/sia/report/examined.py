@@ -18,12 +18,7 @@ BEST = "best by dev"  # rows of an exam
 REFERENCE = "reference harness"
 NOT_BASELINES = (BEST, "final refit", "first harness")
 
-# By what a run was allowed to pull, `stop` aside.
-LEVERS = {
-    frozenset({"harness"}): "harness",
-    frozenset({"weights"}): "weights",
-    frozenset({"harness", "weights"}): "both",
-}
+ARMS = ("harness", "weights", "both")  # in the order of the tables
 # What makes no other experiment of a run.
 _SAME = ("task", "seed", "levers", "resume", "workers", "tracking", "sandbox", "exam", "gateway",
          "trusted_packages")  # fmt: skip
@@ -99,7 +94,8 @@ def read(path: Path) -> Examined:
     result = rundir.read_result(path)
     if result is None:
         raise RunDirectoryError(f"{path} has no {rundir.RESULT_FILE}: restore it from a copy.")
-    config = yaml.safe_load((path / rundir.CONFIG_FILE).read_text(encoding="utf-8"))
+    text = (path / rundir.CONFIG_FILE).read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
     journal = rundir.read_journal(path)
     candidates, evaluations = {}, {}
     for line in journal:
@@ -123,16 +119,14 @@ def read(path: Path) -> Examined:
     calls = CallsView(path, info.run_id)
     calls.read()
     spent = spend.total(spend.from_record(result.spend))
-    pulled = {lever for lever in config["levers"] if lever != Lever.STOP}
-    if config["weights"]["name"] == "none":
-        pulled.discard(Lever.WEIGHTS)
+    levers = rundir.arm(text)
     maximize = _maximize(info, generations)
     return Examined(
         path=path,
         info=info,
         metric=exam.metric,
-        levers=LEVERS.get(frozenset(pulled), "none"),
-        config=_choices(config, info, weights=Lever.WEIGHTS in pulled),
+        levers=levers,
+        config=_choices(config, info, weights=levers in ("weights", "both")),
         maximize=maximize,
         rows=rows,
         dev_items={name: evaluation.items for name, evaluation in shown.items()},
@@ -174,7 +168,7 @@ def arms_of(runs: Sequence[Examined]) -> dict[str, list[Examined]]:
             alike = [v for v, other in zip(values, options, strict=True) if other == option]
             labels[index] += _differing(group, values[index], alike)
     arms: dict[str, list[Examined]] = {}
-    order = list(LEVERS.values())
+    order = list(ARMS)
     for label, run in sorted(
         zip(labels, runs, strict=True),
         key=lambda pair: (

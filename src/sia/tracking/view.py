@@ -38,7 +38,7 @@ from sia.records import (
     from_json,
     to_json,
 )
-from sia.rundir import CONFIG_FILE, EXAM_FILE, JOURNAL_FILE, Line, candidate_dir, read_info
+from sia.rundir import CONFIG_FILE, EXAM_FILE, JOURNAL_FILE, Line, arm, candidate_dir, read_info
 from sia.tracking.artifacts import diff_page, shown_as_tables, tables
 from sia.tracking.lineage import PolicyView, policy_view
 
@@ -127,7 +127,9 @@ class RunView:
         self._outcomes: Counter[str] = Counter()
         self._policies: dict[str, str] = {}  # candidate -> the one whose update made its policy
         self._scores: dict[str, float | None] = {}
-        self._config = _config(_read(self.path / CONFIG_FILE))
+        text = _read(self.path / CONFIG_FILE)
+        self._config = _config(text)
+        self._arm = arm((text or b"").decode(errors="replace"))
 
     @property
     def ended_ms(self) -> int:
@@ -150,7 +152,7 @@ class RunView:
             "sia.run_id": info.run_id,
             "sia.task": info.task,
             "sia.seed": str(info.seed),
-            "sia.arm": self._arm(),
+            "sia.arm": self._arm,
             "sia.experiment": self._choice("experiment"),
             "sia.sweep": self._choice("sweep"),
         }
@@ -336,13 +338,6 @@ class RunView:
             before=self._scores.get(parent),
             after=result.score,
         )
-
-    def _arm(self) -> str:
-        """Which levers the run could pull, such as `harness+weights`; empty if unknown."""
-        levers = self._config.get("levers")
-        trained = _name(self._config.get("weights")) != "none"
-        named = (Lever.HARNESS, Lever.WEIGHTS) if trained else (Lever.HARNESS,)
-        return "+".join(one for one in named if isinstance(levers, list) and one in levers)
 
     def _choice(self, group: str) -> str:
         """The file that was chosen of a group of the configuration; empty for none."""
