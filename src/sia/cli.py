@@ -50,6 +50,7 @@ def main() -> None:
 
     for plugin in sia_multirun.PLUGINS:
         plugins.register(plugin)
+    sia_multirun.replace_others()
 
     @hydra.main(version_base="1.3", config_path="pkg://sia.conf", config_name="config")
     def job(cfg: DictConfig) -> float | None:

@@ -32,7 +32,7 @@ from sia.tasks.task import TaskFacts
 CAP = "SIA_MAX_COST_USD"
 REPLACED = "replaced"  # beside the runs: those of another meaning that stood in the way
 # What changes no record of a run.
-SILENT = ("experiment", "resume", "tracking", "workers")
+SILENT = ("experiment", "resume", "tracking", "web", "workers")
 # What task.yaml says to people, and what is known of a task's data by their own hashes.
 TOLD = ("title", "published", "report", "warnings", "source", "sources", "baselines", "controls")
 

@@ -123,7 +123,7 @@ def test_a_comment_runs_nothing_dear_and_a_value_its_own_cells(finished: Project
     finished.edit(name, "generations: 3", "generations: 2")
     assert {stage for stage in finished.repro(*TARGETS) if not stage.startswith("config")} == {
         "run_search@toy-best_of_n-0", "exam_search@toy-best_of_n-0",
-        "run_search@toy-best_of_n-1", "exam_search@toy-best_of_n-1",
+        "run_search@toy-best_of_n-1", "exam_search@toy-best_of_n-1", "table_levers", "table_search",
     }  # fmt: skip
     after = {cell: read_info(finished.path(cell)).run_id for cell in CELLS}
     assert [cell for cell in CELLS if before[cell] == after[cell]] == ["toy-harness-s0"]

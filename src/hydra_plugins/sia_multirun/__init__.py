@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
@@ -34,6 +35,17 @@ SHARED = {
     "tasks_per_node", "timeout_min",
 }  # fmt: skip
 POLL_S = 0.1
+LAUNCHERS = ("ray", "submitit_local", "submitit_slurm")  # in conf/hydra/launcher
+
+
+def replace_others() -> None:
+    """Forgets the schemas of other plugins whose launchers have the names of ours.
+
+    Whoever has them installed would see our settings checked against theirs.
+    """
+    known = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for name in LAUNCHERS:
+        known.pop(f"{name}.yaml", None)
 
 
 class GridSweeper(BasicSweeper):

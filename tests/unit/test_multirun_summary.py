@@ -1,13 +1,24 @@
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from hydra_plugins.sia_multirun import replace_others
 from sia.multirun import Failure, override, summary
 
 
 def failure(number: int, folder: Path, **fields: str) -> Failure:
     return Failure(number=number, overrides=("task=toy", f"seed={number}"), folder=folder, **fields)
+
+
+def test_launchers_of_other_plugins_do_not_check_the_settings_of_ours() -> None:
+    store = ConfigStore.instance()
+    store.store(group="hydra/launcher", name="submitit_local", node={"theirs": 1}, provider="them")
+    store.store(group="hydra/launcher", name="theirs", node={"theirs": 1}, provider="them")
+    replace_others()
+    assert "submitit_local.yaml" not in store.list("hydra/launcher")
+    assert "theirs.yaml" in store.list("hydra/launcher")
 
 
 def test_the_summary_names_what_differs_and_how_to_go_on(
