@@ -11,7 +11,7 @@ test:  # installs what the tests need, fetches the data of all tasks, runs the t
 	@scripts/data
 	@.venv/bin/python -m pytest -n 2 --dist loadfile
 
-paper:  # the tables of the paper: dvc repro, an hour and a half on two cores
+paper:  # the tables of the paper, cell by cell: dvc repro
 	@scripts/setup paper
 	@scripts/paper
 

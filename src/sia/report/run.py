@@ -66,7 +66,8 @@ def read_exam(run: Path) -> Exam:
     found = rundir.read_exam(run)
     if found is None:
         raise RunDirectoryError(
-            f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}"
+            f"The sealed test of {run} is still closed. Open it: python -m sia.exam {run}; or show "
+            f"what is known: python -m sia.report {run} --html run.html"
         )
     return found
 
