@@ -76,7 +76,12 @@ def task_dir(open_folder: Path) -> Path:
     return copy
 
 
-@pytest.fixture(scope="module", params=["claude", "pydantic_ai", "openhands"])
+# OpenHands takes as long as the other two together; that it works at all is seen in
+# tests/integration/test_openhands.py.
+@pytest.fixture(
+    scope="module",
+    params=["claude", "pydantic_ai", pytest.param("openhands", marks=pytest.mark.slow)],
+)
 def agent(request: pytest.FixtureRequest) -> str:
     for known in (Claude, PydanticAI):
         if request.param == known.name and importlib.util.find_spec(known.package) is None:
