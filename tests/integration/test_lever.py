@@ -175,6 +175,7 @@ def overlap(run: Path, *keys: str) -> bool:
     )
 
 
+@pytest.mark.slow  # a minute and a half of both cores
 def test_the_policies_of_several_parents_are_updated_side_by_side(sia: Sia, tmp_path: Path) -> None:
     """Parents with one policy share an update; those with two get one each, from their own."""
     args = (

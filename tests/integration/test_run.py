@@ -126,7 +126,7 @@ def test_the_same_seed_makes_the_same_records_with_one_worker_or_two(
     assert several == (search != "best_of_n")
 
 
-@pytest.mark.parametrize(("search", "kills"), [("best_of_n", 10), ("archive", 3), ("puct", 3)])
+@pytest.mark.parametrize(("search", "kills"), [("best_of_n", 5), ("archive", 3), ("puct", 3)])
 def test_kills_at_random_moments_change_no_record_and_repeat_no_step(
     sia: Sia, tmp_path: Path, search: str, kills: int
 ) -> None:

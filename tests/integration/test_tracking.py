@@ -82,7 +82,7 @@ def create(path: Path, run_id: str = "run-1") -> RunDir:
     )
     config = (
         "meta: {name: scripted}\nsearch: greedy\nloop: {generations: 4}\nseed: 7\n"
-        "weights: {name: auto}\nlevers: [harness, weights, stop]\n"
+        "weights:\n  name: auto\nlevers:\n- harness\n- weights\n- stop\n"
     )
     return RunDir.create(path, info, config)
 
