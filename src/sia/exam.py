@@ -25,7 +25,20 @@ from sia.config import Config, register
 from sia.errors import RunDirectoryError, SiaError, TaskError
 from sia.gateway.protocol import Role
 from sia.provenance import tree_sha256
-from sia.records import Candidate, Evaluation, Exam, ExamRow, Outcome, RunResult, from_data, to_json
+from sia.records import (
+    BEST,
+    FINAL_REFIT,
+    FIRST_HARNESS,
+    REFERENCE,
+    Candidate,
+    Evaluation,
+    Exam,
+    ExamRow,
+    Outcome,
+    RunResult,
+    from_data,
+    to_json,
+)
 from sia.rundir import RunInfo, candidate_dir
 from sia.tasks import data
 from sia.verify import TaskVerifier
@@ -148,16 +161,16 @@ def examine(
         rows = []
         first = _candidate(records, FIRST)
         if first.harness_sha256 == tree_sha256(checked.first_harness):
-            rows.append(recorded("reference harness", FIRST))
+            rows.append(recorded(REFERENCE, FIRST))
         else:  # the Meta-Agent wrote one of its own
             say("running the reference harness")
-            rows.append(fresh("reference harness", checked.first_harness, public=None))
+            rows.append(fresh(REFERENCE, checked.first_harness, public=None))
             if f"{first.generation:04}/{first.index}/evaluation" in records:
-                rows.append(recorded("first harness", FIRST))
+                rows.append(recorded(FIRST_HARNESS, FIRST))
         for name, folder in sorted(checked.task.facts.baselines.items()):
             say(f"running the baseline {name}")
             rows.append(fresh(name, checked.task.root / folder, public=None))
-        rows.append(recorded("best by dev", best))
+        rows.append(recorded(BEST, best))
         if refit:
             say("running the best harness once more, with the dev labels added to train")
             chosen = _candidate(records, best)
@@ -170,9 +183,7 @@ def examine(
             note = "dev labels added to train"
             policy = rundir.policy_dir(run, chosen.policy) if chosen.policy else None
             rows.append(
-                fresh(
-                    "final refit", harness, public=public, policy=policy, candidate=best, note=note
-                )
+                fresh(FINAL_REFIT, harness, public=public, policy=policy, candidate=best, note=note)
             )
             rundir.remove_tree(public)
 

@@ -84,9 +84,8 @@ def fingerprint(overrides: Sequence[str]) -> str:
     """
     cfg = composed(overrides).cfg
     facts = build.check(cfg).task.facts
-    return _yaml(
-        {"protocol": loop.PROTOCOL, "config": _meaning(cfg), "task": _meaning_of_task(facts)}
-    )
+    meaning = {"protocol": loop.PROTOCOL, "config": _meaning(cfg), "task": _meaning_of_task(facts)}
+    return yaml.safe_dump(meaning, allow_unicode=True, sort_keys=True)
 
 
 def prepare(run: Path, overrides: Sequence[str]) -> list[str] | None:
@@ -234,10 +233,6 @@ def _cap(cfg: Config) -> float | None:
             f"({CAP}={text!r}). Give each run one: {CAP}=5 dvc repro"
         )
     return cap
-
-
-def _yaml(data: dict[str, Any]) -> str:
-    return yaml.safe_dump(data, allow_unicode=True, sort_keys=True)
 
 
 if __name__ == "__main__":

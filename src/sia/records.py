@@ -12,6 +12,12 @@ import msgspec
 
 T = TypeVar("T")
 
+# Rows of an exam that no baseline of a task is called.
+REFERENCE = "reference harness"
+FIRST_HARNESS = "first harness"  # of a Meta-Agent that wrote one of its own
+BEST = "best by dev"
+FINAL_REFIT = "final refit"
+
 
 class Lever(enum.StrEnum):
     """What the Feedback-Agent may decide."""
@@ -308,6 +314,11 @@ class Exam:
     sandbox: str
     rows: tuple[ExamRow, ...]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> ExamRow | None:
+        """The row of the candidate that was chosen by dev score."""
+        return next((row for row in self.rows if row.name == BEST), None)
 
 
 def to_json(record: Any, *, pretty: bool = False) -> bytes:

@@ -22,11 +22,10 @@ from rich.text import Text
 from sia import rundir, spend
 from sia.errors import ConfigError, RunDirectoryError, SiaError
 from sia.multirun import override
-from sia.records import Evaluation, Exam, ExamRow, Generation, from_data
+from sia.records import Evaluation, Generation, from_data
 
 WIDTH = 500  # more than any row needs: a table takes no more than its cells do
 DRAWS = 10_000  # of the bootstrap
-BEST = "best by dev"  # the row of an exam
 FILTERS = ("task", "status")
 STATUSES = ("running", "finished", "failed", "interrupted", "killed")
 
@@ -38,7 +37,7 @@ class Row:
     Attributes:
         status: One of `STATUSES`.
         meta: What proposes.
-        arm: The levers that it could pull, joined by `+`.
+        arm: The levers that it could pull: `harness`, `weights` or `both`.
         generations: Closed so far.
         dev: Of the incumbent; None while nothing was scored.
         test: Of the best candidate by dev; None while the sealed test is closed.
@@ -116,7 +115,7 @@ def _row(run: Path, now: datetime) -> Row:
         generations, dev = _so_far(run)
         paid = spend.of_run(run)
     exam = rundir.read_exam(run)
-    best = _examined(exam) if exam else None
+    best = exam.best if exam else None
     return Row(
         run=str(run),
         task=info.task,
@@ -287,7 +286,7 @@ class _Compared:
                 f"python -m sia resume={run}"
             )
         exam = rundir.read_exam(run)
-        row = _examined(exam) if exam else None
+        row = exam.best if exam else None
         return cls(
             run=run,
             task=f"{info.task} v{info.task_version}",
@@ -310,10 +309,6 @@ def _difference(before: dict[str, float], after: dict[str, float]) -> str:
     one, other = aligned(before, after)
     found = paired_difference(one, other, draws=DRAWS, rng=seeds.stream(0, "runs/compare"))
     return f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
-
-
-def _examined(exam: Exam) -> ExamRow | None:
-    return next((row for row in exam.rows if row.name == BEST), None)
 
 
 def _counts(statuses: Sequence[str]) -> str:

@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -22,10 +20,6 @@ HOSTILE = (
     "</style></td></table><style>@import 'http://127.0.0.1:9/x.css'</style> "
     "[click](javascript:window.ran=1) <a href='javascript:window.ran=1'>click</a> \x1b[31mred"
 )
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-]  # fmt: skip
 OPEN_ALL = "document.querySelectorAll('details').forEach(one => { one.open = true })"
 
 
@@ -145,18 +139,6 @@ def test_what_a_model_wrote_is_text(tmp_path: Path) -> None:
     assert text.count("<style>") == text.count("</style>") == 1
     assert "\x1b" not in text
     assert "&lt;script&gt;window.ran = 1&lt;/script&gt;" in text
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])

@@ -25,10 +25,6 @@ Browser, Page, expect = sync_api.Browser, sync_api.Page, sync_api.expect
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = Path(os.environ.get("SIA_SCREENSHOTS", ROOT / "build" / "screenshots"))
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-]  # fmt: skip
 HOSTILE = (
     "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'> "
     '" onfocus="window.ran = 1" autofocus x=" [click](javascript:window.ran=1) '
@@ -49,17 +45,6 @@ VIEWS = {
     "compare": "/compare?run=toy/one&run=toy/two",
     "not-there": "/run/nothing",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

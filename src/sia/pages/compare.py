@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from sia import seeds
 from sia.pages.run import RunPage, RunReader
-from sia.pages.runs import BEST_BY_DEV
 from sia.verify.stats import Interval, aligned, mean_interval, paired_difference
 
 DRAWS = 10_000
@@ -63,8 +62,8 @@ def _best_items(reader: RunReader) -> Mapping[str, float]:
 
 
 def _test_items(page: RunPage) -> Mapping[str, float]:
-    rows = page.exam.rows if page.exam else ()
-    return next((row.items for row in rows if row.name == BEST_BY_DEV), {})
+    best = page.exam.best if page.exam else None
+    return best.items if best else {}
 
 
 def _mean(items: Mapping[str, float]) -> Interval | None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sia import rundir
-from sia.errors import RunDirectoryError, SiaError
+from sia.errors import RunDirectoryError
 from sia.gateway.protocol import Role, Spend
 from sia.gateway.store import STORE_FILE, read_scopes
 from sia.pages.files import Folder, NotThere
@@ -46,7 +46,7 @@ from sia.rundir import (
     RUN_FILE,
     RunInfo,
 )
-from sia.tasks import find_task_dir, load_task
+from sia.tasks import bundled_task
 from sia.tasks.task import Metric
 from sia.tracking.calls import generation_of
 
@@ -477,13 +477,8 @@ def _locked_inodes() -> set[int]:
 @lru_cache
 def metric_of(task: str) -> Metric:
     """Of a task that is on this machine; a plain score, higher is better, of any other."""
-    folder, _, source = task.partition("@")
-    try:
-        if "/" in folder or ".." in folder:
-            raise NotThere(folder)
-        return load_task(find_task_dir(f"tasks/{folder}"), source or None).metric
-    except (SiaError, NotThere):
-        return Metric(name="score")
+    found = bundled_task(task)
+    return found.metric if found else Metric(name="score")
 
 
 def _for_commands(path: Path) -> str:

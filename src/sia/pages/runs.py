@@ -30,7 +30,6 @@ from sia.rundir import CONFIG_FILE, EXAM_FILE, JOURNAL_FILE, RESULT_FILE, RUN_FI
 MAX_RUNS = 20_000
 MAX_DEPTH = 8  # folders between the folder of runs and a run
 OPEN_RUNS = 8  # whose journals are kept in memory
-BEST_BY_DEV = "best by dev"  # a row of the exam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,7 @@ class Runs:
             return RunLine(key=key, status="damaged", problem=str(error))
         result = read_optional(self.folder, f"{key}/{RESULT_FILE}", RunResult)
         exam = read_optional(self.folder, f"{key}/{EXAM_FILE}", Exam)
-        rows = exam.rows if exam else ()
+        best = exam.best if exam else None
         line = RunLine(
             key=key,
             task=info.task,
@@ -197,7 +196,7 @@ class Runs:
             seed=info.seed,
             created_at=info.created_at,
             metric=metric_of(info.task).name,
-            test=next((row.test for row in rows if row.name == BEST_BY_DEV), None),
+            test=best.test if best else None,
         )
         if result is None:
             page = self.open(key).page()

@@ -15,9 +15,9 @@ import numpy as np
 
 from sia import rundir, seeds
 from sia.errors import RunDirectoryError, SiaError
-from sia.records import ExamRow
+from sia.records import BEST, REFERENCE, ExamRow
 from sia.report import stats
-from sia.report.examined import BEST, NOT_BASELINES, REFERENCE, Examined, arms_of, read
+from sia.report.examined import NOT_BASELINES, Examined, arms_of, read
 from sia.report.tables import (
     Table,
     between,

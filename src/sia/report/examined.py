@@ -9,14 +9,25 @@ import yaml
 
 from sia import rundir, spend
 from sia.errors import RunDirectoryError
-from sia.records import Candidate, Evaluation, ExamRow, Generation, Lever, Update, from_data
-from sia.report.run import bundled_task, read_exam
+from sia.records import (
+    BEST,
+    FINAL_REFIT,
+    FIRST_HARNESS,
+    REFERENCE,
+    Candidate,
+    Evaluation,
+    ExamRow,
+    Generation,
+    Lever,
+    Update,
+    from_data,
+)
+from sia.report.run import read_exam
 from sia.rundir import RunInfo
+from sia.tasks import bundled_task
 from sia.tracking.calls import CallsView
 
-BEST = "best by dev"  # rows of an exam
-REFERENCE = "reference harness"
-NOT_BASELINES = (BEST, "final refit", "first harness")
+NOT_BASELINES = (BEST, FINAL_REFIT, FIRST_HARNESS)
 
 ARMS = ("harness", "weights", "both")  # in the order of the tables
 # What makes no other experiment of a run.
@@ -168,11 +179,10 @@ def arms_of(runs: Sequence[Examined]) -> dict[str, list[Examined]]:
             alike = [v for v, other in zip(values, options, strict=True) if other == option]
             labels[index] += _differing(group, values[index], alike)
     arms: dict[str, list[Examined]] = {}
-    order = list(ARMS)
     for label, run in sorted(
         zip(labels, runs, strict=True),
         key=lambda pair: (
-            order.index(pair[1].levers) if pair[1].levers in order else len(order), pair[0],
+            ARMS.index(pair[1].levers) if pair[1].levers in ARMS else len(ARMS), pair[0],
             pair[1].info.seed,
         ),
     ):  # fmt: skip

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sia import rundir
-from sia.records import Lever
-from sia.report.examined import BEST, REFERENCE, Examined, Step
+from sia.records import BEST, REFERENCE, Lever
+from sia.report.examined import Examined, Step
 
 if TYPE_CHECKING:
     from sia.report.arms import Arm

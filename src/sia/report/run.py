@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,8 +12,8 @@ from rich.text import Text
 from sia import rundir, spend
 from sia.errors import RunDirectoryError, SiaError
 from sia.records import Candidate, Evaluation, Exam, ExamRow, Generation, from_data
-from sia.tasks import find_task_dir, load_task
-from sia.tasks.task import Task
+from sia.report.tables import between, markdown_table, number, signed
+from sia.tasks import bundled_task
 
 WIDTH = 500  # more than any row needs: a table takes no more than its cells do
 HEADER = (
@@ -93,8 +93,8 @@ def show(console: Console, run: Path, exam: Exam) -> None:
     """Prints the result table of one run."""
     extra = _extra_columns(exam)
     table = Table(title=_title(run, exam), box=None, header_style="bold", title_justify="left")
-    for number, name in enumerate(_header(extra)):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for place, name in enumerate(_header(extra)):
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
     for cells in _cells(exam, extra):
         table.add_row(*(Text(cell) for cell in cells))
     # A narrow terminal breaks the lines; the numbers stay whole.
@@ -166,15 +166,15 @@ def _row_cells(row: ExamRow, extra: dict[str, str]) -> tuple[str, ...]:
     name = row.name if row.candidate is None else f"{row.name} ({row.candidate})"
     return (
         name,
-        _number(row.dev),
-        _number(row.test),
-        _between(row.low, row.high),
+        number(row.dev),
+        number(row.test),
+        between(row.low, row.high),
         f"{row.gain:+.4f} [{row.gain_low:+.4f}, {row.gain_high:+.4f}]"
         if row.gain is not None
         else "",
-        f"{gap:+.4f}" if gap is not None else "",
+        signed(gap),
         f"{row.seconds:.1f}" if row.seconds is not None else "",
-        *(_number(row.metrics.get(metric)) for metric in extra),
+        *(number(row.metrics.get(metric)) for metric in extra),
         row.note,
     )
 
@@ -191,31 +191,6 @@ def _history(run: Path) -> Iterator[tuple[str, ...]]:
         incumbent = from_data(closed, Generation).incumbent if closed else None
         changes = ", ".join(f"{name}={value}" for name, value in candidate.proposal.changes.items())
         yield (
-            candidate.id, candidate.proposal.source, _number(score), incumbent or "",
+            candidate.id, candidate.proposal.source, number(score), incumbent or "",
             changes or candidate.problem,
         )  # fmt: skip
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table."""
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + " --- |" * len(header)
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-
-
-def bundled_task(name: str) -> Task | None:
-    """The bundled task of that name; None for one that lives elsewhere."""
-    folder, _, source = name.partition("@")
-    try:
-        return load_task(find_task_dir(f"tasks/{folder}"), source or None)
-    except SiaError:
-        return None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _between(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"

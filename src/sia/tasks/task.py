@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from sia.errors import TaskError
+from sia.errors import SiaError, TaskError
 
 ENTRY_POINT = "target_agent.py"
 
@@ -336,6 +336,20 @@ def load_module(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def bundled_task(name: str) -> Task | None:
+    """The bundled task that a run names, as `task` or `task@source`; None for any other.
+
+    A name is a word: one that would leave the folder of tasks is no bundled task's.
+    """
+    folder, _, source = name.partition("@")
+    if "/" in folder or ".." in folder:
+        return None
+    try:
+        return load_task(find_task_dir(f"tasks/{folder}"), source or None)
+    except SiaError:
+        return None
 
 
 def find_task_dir(folder: str) -> Path:

@@ -25,6 +25,7 @@ import yaml
 
 from sia.errors import RunDirectoryError
 from sia.records import (
+    BEST,
     Attempt,
     Candidate,
     Decision,
@@ -224,7 +225,7 @@ class RunView:
             name, score = str(row.get("name", "")), row.get("test")
             if _is_number(score):
                 metrics[metric_name(f"exam/{name.replace(' ', '-')}")] = float(score)
-                if name == "best by dev":
+                if name == BEST:
                     metrics["score/test"] = float(score)
         return metrics
 
