@@ -306,6 +306,17 @@ def test_a_fault_ends_in_time_with_its_reason_and_is_charged_once_at_most(
     assert run.spent().calls == 0
 
 
+def test_a_deadline_between_tries_and_one_within_a_try_end_alike(run: Run) -> None:
+    rules = [{"when": {"times": 1}, "fault": "status", "status": 529}, {**SAYS, "fault": "hang"}]
+    with (
+        serving(rules) as vendor,
+        run.caller(vendor.url, call_s=1.0) as caller,
+        pytest.raises(openai.APIStatusError, match="did not answer in 2 tries") as error,
+    ):
+        caller.ask("chat", "hello")
+    assert error.value.status_code == 529
+
+
 @pytest.mark.parametrize("kind", FORMATS[:3])
 def test_a_truncated_stream_ends_with_an_error_that_says_so(run: Run, kind: str) -> None:
     rule = {**SAYS, "fault": "truncated"}

@@ -63,6 +63,8 @@ class Call:
         dropped: It was never sent: nobody waited for it any more.
         charged: An answer began, which a vendor charges for.
         trouble: Why the last try failed.
+        trouble_status: The status that it failed with, and the call with it in the end; 504 as long
+            as no try has failed.
         left: Clients that went away without the whole answer.
     """
 
@@ -85,6 +87,7 @@ class Call:
     failure: str = ""
     attempts: int = 0
     trouble: str = ""
+    trouble_status: int = 504
     followers: int = 0
     left: int = 0
     joined: int = 0
@@ -259,7 +262,7 @@ class Caller:
             return call.refuse(error.status, call.failure)
         except TimeoutError:
             call.failure = self._gave_up(call)
-            return self._broken(call, 504)
+            return self._broken(call, call.trouble_status)
         except asyncio.CancelledError:
             call.failure = "the step ended before the answer did"
             return self._broken(call, 502)
@@ -317,6 +320,7 @@ class Caller:
             Unanswered: It would come after the deadline.
         """
         call.trouble = self._scrub(call.lease.route.provider, trouble)
+        call.trouble_status = status
         wait = self._backoff_s * min(2 ** (call.attempts - 1), LONGEST_BACKOFF)
         wait = max(wait * self._random.uniform(0.5, 1.0), asked_for or 0.0)
         if asyncio.get_running_loop().time() + wait >= deadline:
