@@ -241,7 +241,7 @@ def test_an_update_that_fails_is_counted_and_the_run_goes_on(
 
 def test_an_update_that_is_not_ready_in_time_gives_what_it_has(sia: Sia, tmp_path: Path) -> None:
     records = finished(
-        sia(ONLY_WEIGHTS, "target.update_s=25", "+weights.recipes.sft.steps=100000"),
+        sia(ONLY_WEIGHTS, "target.update_s=44", "+weights.recipes.sft.steps=100000"),
         tmp_path / "run",
     )
     update = records["0001/0/update"]

@@ -55,7 +55,9 @@ def statuses(grid: Path) -> dict[str, str]:
     return {run.name: rundir.status(run) for run in rundir.find_runs(grid)}
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("submitit_local", marks=pytest.mark.slow), "ray"]
+)
 def test_a_run_that_fails_and_one_that_is_killed_leave_six_results(
     launcher: str, tmp_path: Path
 ) -> None:

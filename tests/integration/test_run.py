@@ -363,7 +363,7 @@ def test_a_bug_keeps_its_traceback(sia: Sia, tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_multirun_is_a_run_per_job(sia: Sia, tmp_path: Path, launcher: str) -> None:
     if launcher != "basic":
-        pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+        pytest.importorskip(launcher.partition("_")[0])
     done = sia("-m", *QUICK, "sweep=seeds", "generations=2", f"hydra/launcher={launcher}")
     assert done.returncode == 0, done.stderr
     runs = sorted((tmp_path / "runs" / "sweeps").glob("*/*/run.json"))
