@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import free_slot, kill_strays, marked
-from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices, start
+from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices, gpu_libraries, start
 from sia.sandbox.protocol import Job, Limits, Sandbox
 
 HERE = Path(__file__).resolve().parent
@@ -173,6 +173,7 @@ class Guest:
             marker=self._marker,
             entry="runner.py",
             devices=gpu_devices() if gpu else (),
+            libraries=gpu_libraries() if gpu else (),
         )
         launch = self._sandbox.launch(job)
         errors = self._stack.enter_context((folder / "stderr").open("w+b"))

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hostile.stage import LABEL, LIMITS, SANDBOXES, Remembering, Stage, make_task, why_not
 
 from sia.records import Attempt, Outcome
+from sia.sandbox.environments import current_runtime
+from sia.sandbox.execution import Cancel, execute
+from sia.sandbox.protocol import Job
 from sia.sandbox.seccomp import filter_bytes
 
 SECRET = "sk-the-secret-of-the-parent"
@@ -264,6 +269,45 @@ def test_process_sandbox_says_what_the_spy_can_see(
 def test_bwrap_cannot_be_rearranged_from_inside(confined: Stage) -> None:
     expect(confined.run("breaks_out"), Outcome.OK)
     assert json.loads(confined.submitted("breaks_out")) == []
+
+
+DRIVER = """
+import ctypes, os, sys
+ctypes.CDLL("libdriver.so.1")
+open("/dev/null", "w").write("x")
+open("/proc/self/comm", "w").write("a name")
+kernel = [name for name in os.listdir("/proc") if not name.isdigit() and "self" not in name]
+places = [f"/proc/{name}" for name in kernel if name not in ("net", "mounts")]
+walks = [walk for place in places for walk in os.walk(place)]
+places = [os.path.join(folder, name) for folder, _, names in walks for name in names]
+places += [f"/proc/{name}" for name in kernel if os.path.isfile(f"/proc/{name}")]
+assert "/proc/sys/kernel/core_pattern" in places
+for place in places:
+    try:
+        os.close(os.open(place, os.O_WRONLY))
+    except OSError:
+        pass
+    else:
+        sys.exit(place + " can be written to")
+"""
+
+
+@pytest.mark.parametrize("kind", ["bwrap", "bwrap-userns"])
+def test_a_driver_finds_its_library_and_may_name_its_threads(kind: str, tmp_path: Path) -> None:
+    """What a GPU's driver needs, asked for with a device and a library that every machine has."""
+    sandbox = stage_for(kind, tmp_path).sandbox
+    for name in ("data", "code", "work", "driver"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "code" / "target_agent.py").write_text(DRIVER)
+    (extension,) = Path(msgspec.__file__).parent.glob("_core*.so")
+    shutil.copyfile(extension, tmp_path / "driver" / "libdriver.so.1")
+    job = Job(
+        data=tmp_path / "data", code=tmp_path / "code", work=tmp_path / "work",
+        runtime=current_runtime(), limits=LIMITS, slot=0, marker="a-driver",
+        devices=(Path("/dev/null"),), libraries=(tmp_path / "driver",),
+    )  # fmt: skip
+    execution = execute(sandbox.launch(job), job, deadline_s=20, cancel=Cancel())
+    assert execution.outcome is Outcome.OK, execution.stderr.text()
 
 
 def test_trajectories_are_taken_and_nothing_else(stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ SYSTEM = (
     "/usr/local/lib", "/bin", "/lib", "/lib32", "/lib64", "/libx32",
     "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime",
 )  # fmt: skip
+# What a driver wants to see of the machine besides its device files.
+DEVICE_SYSTEM = ("/sys/devices", "/sys/bus/pci")
 SHM_MIB = 64
 # Process 1 of the sandbox. It waits for the target and reports it; when it ends, the kernel has
 # killed everything else in there. `exit` keeps the shell from replacing itself by the target.
@@ -155,9 +158,13 @@ class Bwrap:
         tmpfs = ["--perms", "1777", "--size"]
         devices = [part for path in job.devices for part in ("--dev-bind", str(path), str(path))]
         # /proc is read-only: to the kernel, root in a user namespace is still the owner of
-        # /proc/sys, and a core_pattern runs programs on the host.
+        # /proc/sys, and a core_pattern runs programs on the host. A GPU's driver has to name its
+        # threads there; then all of it is but the processes.
+        read_only = ["--remount-ro", "/proc"]
+        if job.devices:
+            read_only = [part for path in _of_the_kernel() for part in ("--ro-bind", path, path)]
         argv = [
-            "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", *devices,
+            "--proc", "/proc", *read_only, "--dev", "/dev", *devices,
             *tmpfs, str(SHM_MIB * 2**20), "--tmpfs", "/dev/shm", "--remount-ro", "/dev",
             *tmpfs, str(self._tmp_mib * 2**20), "--tmpfs", "/tmp",
         ]  # fmt: skip
@@ -167,7 +174,9 @@ class Bwrap:
                 argv += ["--symlink", os.readlink(path), str(path)]  # a merged /usr
             elif path.exists():
                 shown.append(path)
-        for path in job.runtime.roots:
+        if job.devices:
+            shown += [path for path in map(Path, DEVICE_SYSTEM) if path.exists()]
+        for path in (*job.runtime.roots, *job.libraries):
             if not any(folder == path or folder in path.parents for folder in shown):
                 shown.append(path)
         for path in shown:
@@ -197,6 +206,17 @@ class Bwrap:
         for link, place in job.links.items():
             argv += ["--symlink", place, link]
         return [*argv, "--remount-ro", "/"]
+
+
+def _of_the_kernel() -> list[str]:
+    """What /proc holds besides processes, as far as its owner may write to it."""
+    found = []
+    for path in sorted(Path("/proc").iterdir()):
+        if not path.name.isdigit() and not path.is_symlink():
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode) or mode & 0o222:
+                found.append(str(path))
+    return found
 
 
 def _parents(paths: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Starting what a sandbox has prepared, and the trial run that tells whether a sandbox works."""
 
+import ctypes
 import os
 import subprocess
 import tempfile
@@ -29,6 +30,21 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 def gpu_devices() -> tuple[Path, ...]:
     """The device files of NVIDIA cards, for `Job.devices`; empty where there is none."""
     return tuple(sorted(path for path in Path("/dev").glob("nvidia*") if not path.is_dir()))
+
+
+def gpu_libraries() -> tuple[Path, ...]:
+    """The folder of the NVIDIA driver, for `Job.libraries`; empty where there is none.
+
+    It is where the dynamic loader of this process finds it, which on many a cluster is a folder of
+    its own and not one of the system.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    mapped = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    paths = [Path(line.split(maxsplit=5)[5]) for line in mapped if "/libcuda.so" in line]
+    return tuple({path.parent: None for path in paths})
 
 
 def environment(
@@ -72,8 +88,17 @@ def environment(
         "SIA_ATTEMPT": job.marker,
         "TMPDIR": home,
         "USER": "target",
+        **(_library_variables(job.libraries) if job.libraries else {}),
         **({"SIA_POLICY": policy} if job.policy else {}),
         **(_model_variables(job.endpoint, port) if job.endpoint else {}),
+    }
+
+
+def _library_variables(folders: Sequence[Path]) -> dict[str, str]:
+    """Where the dynamic loader looks first, and Triton, which would ask a program of the system."""
+    return {
+        "LD_LIBRARY_PATH": ":".join(map(str, folders)),
+        "TRITON_LIBCUDA_PATH": str(folders[0]),
     }
 
 

@@ -68,6 +68,8 @@ class Job:
         endpoint: The only thing outside that the program can reach; None: nothing.
         links: Symbolic links inside, path -> where it leads; bubblewrap alone can make them.
         devices: Device files that bwrap shows inside, for instance those of a GPU.
+        libraries: Folders of shared libraries that the program finds besides those of the system,
+            for instance of a GPU's driver.
     """
 
     data: Path
@@ -81,6 +83,7 @@ class Job:
     endpoint: Endpoint | None = None
     links: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[Path, ...] = ()
+    libraries: tuple[Path, ...] = ()
     policy: Path | None = None
 
 
