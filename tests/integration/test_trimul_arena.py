@@ -19,7 +19,7 @@ from sia.sandbox.auto import auto
 from sia.tasks import load_task
 from sia.tasks.data import task_module
 
-pytest.importorskip("torch", reason="needs torch: pip install -e '.[train]'")
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[train]'")
 
 TASK = load_task(Path(__file__).resolve().parents[2] / "tasks" / "trimul")
 CASES = [
@@ -323,24 +323,35 @@ def test_nothing_of_a_guest_is_alive_after_it(
     assert not any(Path(f"/proc/{pid}").exists() for pid in members)
 
 
-# --- a GPU's protocol, on a device that is here
+# --- a GPU's protocol, on the devices that are here
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU here"),
+    ),
+]
 
 
-def staged(arena: Any, path: Path) -> Any:
-    timed, card = arena.time_on_gpu(path, CASES, rounds=2, device="cpu")
-    assert card == ""
+def staged(arena: Any, path: Path, device: str) -> Any:
+    timed, card = arena.time_on_gpu(path, CASES, rounds=2, device=device)
+    assert bool(card) == (device == "cuda")
     return timed
 
 
-def test_staged_calls_are_right_and_cost_more_than_nothing(
-    verifier: ModuleType, arena: Any, tmp_path: Path
+@pytest.mark.parametrize("device", DEVICES)
+def test_staged_calls_are_right_and_timed_beside_a_kernel_that_does_nothing(
+    arena: Any, tmp_path: Path, device: str
 ) -> None:
-    for timed in staged(arena, submit(tmp_path, HONEST)):
+    for timed in staged(arena, submit(tmp_path, HONEST), device):
         assert timed.problem == ""
-        assert len(timed.own_s) == len(timed.null_s) == 2
-        assert verifier.us(timed) > 0
+        assert timed.error < 0.1
+        assert len(timed.own_s) == len(timed.eager_s) == len(timed.null_s) == 2
+        assert min(timed.own_s) > 0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("trick", "problem"),
     [
@@ -367,9 +378,9 @@ def custom_kernel(data):
     ],
 )
 def test_staged_calls_that_cheat_are_refused(
-    arena: Any, tmp_path: Path, trick: str, problem: str
+    arena: Any, tmp_path: Path, trick: str, problem: str, device: str
 ) -> None:
-    problems = [timed.problem for timed in staged(arena, submit(tmp_path, HONEST + trick))]
+    problems = [timed.problem for timed in staged(arena, submit(tmp_path, HONEST + trick), device)]
     assert any(problem in text for text in problems)
 
 

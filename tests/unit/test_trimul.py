@@ -198,6 +198,15 @@ def test_gpu_times_stand_beside_the_score_with_the_name_of_the_card(verifier: Mo
     assert list(found["breakdown"]["gpu"]) == ["NVIDIA H100"]
 
 
+def test_a_call_that_noise_makes_cheaper_than_nothing_is_not_free(verifier: ModuleType) -> None:
+    gpu = timed(verifier, 256, [2e-3], [1e-3])
+    gpu.null_s = [3e-3]
+    found = verifier.result(
+        [timed(verifier, 8, [4.0], [1.0])], [], {"triton": False}, ([gpu], "NVIDIA H100")
+    )
+    assert found["metrics"]["us_geomean"] == pytest.approx(500)  # half of the call at most
+
+
 def test_a_package_that_a_task_needs_is_named_with_its_extra(toy: Any) -> None:
     path = toy.root / "task.yaml"
     path.write_text(path.read_text() + "needs: {no_such_package: train}\n")
