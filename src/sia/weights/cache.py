@@ -1,7 +1,8 @@
 """What a model remembers of what it has read, so that a group of answers costs one prompt.
 
 Letters: B answers, A those still being written, N prompts, G answers a prompt, P prompt tokens,
-T answer tokens so far, H heads of keys, Q queries a head of keys, D width of a head.
+T answer tokens so far, L places for them, H heads of keys, Q queries a head of keys, D width of a
+head.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +60,31 @@ def sampling_cache(model: Any, prompt_mask_NP: Tensor) -> Iterator[DynamicCache]
 
 def grouped(cache: DynamicCache) -> bool:
     """Whether every layer keeps each prompt once, and so needs no mask of the prompts."""
-    return all(isinstance(one, GroupLayer) and one.size > 1 for one in cache.layers)
+    return all(isinstance(one, GroupLayer) and one.split for one in cache.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the next token of every answer goes, held on the device.
+
+    Attributes:
+        at_1: Its index.
+        ahead_L: The places behind it, which hold nothing yet.
+    """
+
+    at_1: Tensor
+    ahead_L: Tensor
+
+    @classmethod
+    def of(cls, size: int, device: torch.device) -> Place:
+        """At the first of `size` places, once `move` has been called."""
+        at_1 = torch.zeros(1, dtype=torch.long, device=device)
+        return cls(at_1=at_1, ahead_L=torch.ones(size, dtype=torch.bool, device=device))
+
+    def move(self, at: int) -> None:
+        """To an index that is not before the present one."""
+        self.at_1.fill_(at)
+        self.ahead_L[: at + 1] = False
 
 
 class GroupLayer(DynamicLayer):
@@ -76,6 +102,7 @@ class GroupLayer(DynamicLayer):
         self._own: tuple[_Room, _Room] | None = None
         self._prompt: tuple[Tensor, Tensor] | None = None
         self._rows_A: Tensor | None = None  # of those still being written; None: all
+        self._place: Place | None = None
         self.attends = False  # whether it is this layer's attention that reads it, and knows how
         self.size = 1  # of a group
 
@@ -85,6 +112,12 @@ class GroupLayer(DynamicLayer):
         """Appends keys and values of new tokens, and gives those of all tokens but the prompts."""
         if self._own is None:
             return super().update(key_states, value_states)
+        if self._place is not None:
+            assert self.keys is not None
+            assert self.values is not None
+            self.keys.index_copy_(2, self._place.at_1, key_states)
+            self.values.index_copy_(2, self._place.at_1, value_states)
+            return self.keys, self.values
         keys, values = self._own
         self.keys = keys.appended(self.keys, key_states)
         self.values = values.appended(self.values, value_states)
@@ -98,11 +131,12 @@ class GroupLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Makes groups."""
         self._own = _Room(), _Room()
-        if not self.attends or repeats == 1:
-            super().batch_repeat_interleave(repeats)
-            return
         assert self.keys is not None
         assert self.values is not None
+        # One answer to a prompt gains nothing, but that its passes can be recorded on a GPU.
+        if not self.attends or (repeats == 1 and self.keys.device.type == "cpu"):
+            super().batch_repeat_interleave(repeats)
+            return
         self.size, self._prompt = repeats, (self.keys, self.values)
         N, H, _, D = self.keys.shape
         self.keys = self.keys.new_empty(N * repeats, H, 0, D)
@@ -116,6 +150,26 @@ class GroupLayer(DynamicLayer):
             every_B = torch.arange(len(self.keys), device=indices.device)
             self._rows_A = (every_B if self._rows_A is None else self._rows_A)[indices]
         self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def fix(self, place: Place, used: int) -> None:
+        """From now on tokens go where `place` says, into memory that stays where it is."""
+        assert self.keys is not None
+        assert self.values is not None
+        A, H, _, D = self.keys.shape
+        size = len(place.ahead_L)
+        # Zeros: what has no weight is added all the same.
+        keys = self.keys.new_zeros(A, H, size, D)
+        values = self.values.new_zeros(A, H, size, self.values.shape[-1])
+        keys[:, :, :used] = self.keys[:, :, :used]
+        values[:, :, :used] = self.values[:, :, :used]
+        self.keys, self.values, self._place = keys, values, place
+
+    def free(self, used: int) -> None:
+        """Undoes `fix`."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[:, :, :used], self.values[:, :, :used]
+        self._place = None
 
     @property
     def split(self) -> bool:
@@ -132,7 +186,10 @@ class GroupLayer(DynamicLayer):
         scores_NHXP = self._grouped(query_AHQD) @ keys_NHPD.transpose(-1, -2)
         if self._hidden_N11P is not None:
             scores_NHXP.masked_fill_(self._hidden_N11P, -torch.inf)
-        scores_NHXT = self._grouped(query_AHQD @ self.keys.transpose(-1, -2))
+        scores_AHQT = query_AHQD @ self.keys.transpose(-1, -2)
+        if self._place is not None:
+            scores_AHQT.masked_fill_(self._place.ahead_L, -torch.inf)
+        scores_NHXT = self._grouped(scores_AHQT)
         weights_NHXL = torch.cat([scores_NHXP, scores_NHXT], -1).softmax(-1)
         read_AHQD = self._apart(weights_NHXL[..., :P] @ values_NHPD, query_AHQD.shape[2])
         weights_AHQT = self._apart(weights_NHXL[..., P:], query_AHQD.shape[2])

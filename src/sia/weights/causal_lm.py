@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from sia.errors import WeightsError
 from sia.weights import adapter
 from sia.weights.cache import grouped, sampling_cache, shared_cache
+from sia.weights.decode import Capture, Decoder, cuda_graph
+from sia.weights.lora import LoraLinear, narrow
 from sia.weights.memory import halving
 from sia.weights.policy import Sampled, Scores, Tokens
 
@@ -65,7 +67,11 @@ class _Pass:
 
 
 class CausalLM:
-    """A frozen base, an adapter on its linear layers, and a value head if asked for."""
+    """A frozen base, an adapter on its linear layers, and a value head if asked for.
+
+    Attributes:
+        capture: What records a pass while answers are written; None: each is made anew.
+    """
 
     def __init__(
         self,
@@ -134,6 +140,7 @@ class CausalLM:
         self.base_sha256 = adapter.identity(model, precision=torch.bfloat16)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._seed = seed
+        self.capture: Capture | None = cuda_graph if on_gpu else None
         self._sample_size = 2**20  # prompts that are answered at once; less where memory ran out
         self._checkpoint = checkpoint_activations
         model.to(self.device)
@@ -287,6 +294,13 @@ class CausalLM:
             seen_AL = prompt_mask_NP.repeat_interleave(group, 0)
             positions_A1 = seen_AL.sum(1, keepdim=True)
             masked = not (grouped(cache) and "position_ids" in self._accepts)
+            decoder = Decoder(
+                read=lambda ids_A1, positions_A1: self._read(
+                    model, ids_A1, seen_AL if masked else None, positions_A1, 1,
+                    cache=cache, use_cache=True,
+                ).logits[:, -1],
+                cache=cache, limit=limit, capture=None if masked else self.capture,
+            )  # fmt: skip
             for t in range(limit):
                 logp_AV = _cooled(logits_AV, temperature).log_softmax(-1)
                 next_A = drawn(logp_AV, generator)
@@ -300,17 +314,13 @@ class CausalLM:
                 if left == 0 or t + 1 == limit:
                     break
                 if left <= len(rows_A) // 2:
-                    cache.batch_select_indices(alive_A.nonzero().flatten())
+                    decoder.select(alive_A.nonzero().flatten())
                     rows_A, next_A, seen_AL = rows_A[alive_A], next_A[alive_A], seen_AL[alive_A]
                     positions_A1, alive_A = positions_A1[alive_A], alive_A[alive_A]
                 if masked:
                     seen_AL = torch.cat([seen_AL, seen_AL.new_ones(len(rows_A), 1)], 1)
-                out = self._read(
-                    model, next_A[:, None], seen_AL if masked else None, positions_A1, 1,
-                    cache=cache, use_cache=True,
-                )  # fmt: skip
+                logits_AV = decoder(next_A[:, None], positions_A1)
                 positions_A1 = positions_A1 + 1
-                logits_AV = out.logits[:, -1]
         longest = int(mask_BT.sum(1).max())
         return _Generated(
             answers_BT=answers_BT[:, :longest],
@@ -439,8 +449,6 @@ class CausalLM:
             )
 
     def _adapted(self, model: Any, config: Any) -> Any:
-        from sia.weights.lora import LoraLinear
-
         config._register_custom_module({nn.Linear: LoraLinear})
         with warnings.catch_warnings():
             # Of models whose linear layers are stored transposed; PEFT turns the flag itself.
@@ -453,12 +461,13 @@ class CausalLM:
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
-        """With the adapter merged into the base, so that sampling costs what the base costs."""
+        """With the adapter merged into a base of float32: sampling costs what the base costs."""
         if self._checkpoint:
             self._peft.eval()
         if self._half:
-            # Rounded to bfloat16, small steps of the adapter would vanish in the base.
-            yield
+            # Not merged: rounded to bfloat16, small steps of the adapter would vanish in the base.
+            with narrow(self._peft, torch.bfloat16):
+                yield
             return
         from peft.tuners.lora.layer import LoraLayer
 
@@ -480,7 +489,8 @@ class CausalLM:
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if not self._half:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        # Nothing is cast twice in a pass; a recorded one must not keep casts for the others.
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def _load(base: str, download: bool, dtype: torch.dtype) -> tuple[Any, Any]:

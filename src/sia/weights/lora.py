@@ -5,7 +5,9 @@ Letters: M rows, I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -15,11 +17,14 @@ from torch.nn import functional
 
 
 class LoraLinear(Linear):
-    """PEFT's own layer, but for the one case that training is made of: a plain adapter in float32.
+    """PEFT's own layer, but for the one case that training is made of: a plain adapter.
 
     There the adapter's product is added where the base's product lies already, in both directions;
-    scaling and adding apart from it cost as much as the products where layers are narrow.
+    scaling and adding apart from it cost as much as the products where layers are narrow. With a
+    base in bfloat16 under autocast all products are in bfloat16, as PEFT's would be.
     """
+
+    narrowed: tuple[Tensor, Tensor] | None = None  # A and B in the base's precision, see `narrow`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the base plus that of the adapter."""
@@ -29,22 +34,41 @@ class LoraLinear(Linear):
         if self.merged:
             found: Tensor = base(x)
             return found
-        name = self.active_adapters[0]
+        name, kind = self.active_adapters[0], x.device.type
+        computed = torch.float32
+        if torch.is_autocast_enabled(kind):
+            computed = torch.get_autocast_dtype(kind)
         usual = (
             not self.lora_variant
             and len(self.active_adapters) == 1
             and isinstance(self.lora_dropout[name], nn.Identity)
             and self.lora_B[name].bias is None
-            and x.dtype == base.weight.dtype == torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
+            and base.weight.dtype == computed
         )
         if not usual:
             return super().forward(x)
-        found = _Adapted.apply(  # type: ignore[no-untyped-call]
-            x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight,
-            self.scaling[name],
+        a_RI, b_OR = self.narrowed or (
+            self.lora_A[name].weight.to(computed), self.lora_B[name].weight.to(computed)
         )  # fmt: skip
+        found = _Adapted.apply(  # type: ignore[no-untyped-call]
+            x.to(computed), base.weight, base.bias, a_RI, b_OR, self.scaling[name]
+        )
         return found
+
+
+@contextlib.contextmanager
+def narrow(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Rounds all adapters once instead of in each pass, for passes without a gradient."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    try:
+        for layer in layers:
+            name = layer.active_adapters[0]
+            a, b = (cast(nn.Linear, side[name]).weight for side in (layer.lora_A, layer.lora_B))
+            layer.narrowed = a.detach().to(dtype), b.detach().to(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.narrowed = None
 
 
 class _Adapted(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -44,7 +45,9 @@ def halving(run: Callable[[int], T], size: int, *, unit: int = 1) -> Halved[T]:
                     "Shorten answers (policy.max_answer_tokens), lower recipe.rank, or set "
                     "policy.checkpoint_activations=true."
                 ) from error
-        # After the handler, so that the failed attempt's tensors are gone.
+        # After the handler, so that the failed attempt's tensors are gone; those of something that
+        # was done before may hang together in a circle.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = max(unit, size // 2 // unit * unit)
