@@ -9,6 +9,7 @@ waits while the other works. The machine may be shared: CPU seconds are measured
     .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0 transformers==5.24.0 peft==0.21.2
     python benchmarks/grpo.py --trl .venv-trl/bin/python       reports/grpo_throughput.md
     python benchmarks/grpo.py --trl .venv-trl/bin/python --cases tiny --repeats 3 --out /tmp/try
+    python benchmarks/grpo.py --trl .venv-trl/bin/python --device cuda     reports/grpo_gpu.md
 """
 
 import argparse
@@ -77,10 +78,16 @@ TINY = {
 SMALL = {
     "layers": 4, "width": 256, "inner": 512, "heads": 4, "kv_heads": 4, "vocabulary": 4096,
 }  # fmt: skip
+BILLION = {
+    "layers": 22, "width": 2048, "inner": 5632, "heads": 32, "kv_heads": 4, "vocabulary": 32000,
+}  # fmt: skip
 SMOLLM2 = {  # four of its thirty layers
     "layers": 4, "width": 576, "inner": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 49152,
 }  # fmt: skip
-CASES = {
+GPU_CASES = {
+    "1B": Case(**BILLION, prompt=256, answer=256, items=4, block=1),
+}
+CPU_CASES = {
     "tiny": Case(**TINY, prompt=64, answer=64),
     "tiny, long prompts": Case(**TINY, prompt=256, answer=64),
     "tiny, long answers": Case(**TINY, prompt=64, answer=256, block=1),
@@ -88,6 +95,8 @@ CASES = {
     "small, long prompts": Case(**SMALL, prompt=256, answer=64, block=1),
     "smollm2, 4 layers": Case(**SMOLLM2, prompt=64, answer=64, items=2, block=1),
 }
+CASES = {**CPU_CASES, **GPU_CASES}
+REPORTS = {"cpu": "grpo_throughput.md", "cuda": "grpo_gpu.md"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,7 @@ class Block:
     Attributes:
         rollout_s: Of the clock, until the answers were there.
         cpu_s: Of all threads.
+        peak_mib: Of the process on a CPU, of the allocator on a GPU.
     """
 
     steps: int
@@ -115,6 +125,7 @@ class Pace:
     """
 
     report: Any
+    device: str
     todo: int = WARM_UP
     steps: int = 0
     tokens: int = 0
@@ -125,8 +136,14 @@ class Pace:
 
     def tick(self) -> None:
         """Once a step, at the same place of it."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
         if self.steps == self.todo:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            if self.device == "cuda":
+                peak = torch.cuda.max_memory_allocated() / 2**20
             block = Block(
                 steps=self.steps, tokens=self.tokens, wall_s=time.perf_counter() - self.wall,
                 rollout_s=self.rollout_s, cpu_s=time.process_time() - self.cpu, peak_mib=peak,
@@ -174,7 +191,9 @@ def make_base(folder: Path, case: Case) -> int:
         num_key_value_heads=case.kv_heads, max_position_embeddings=1024, pad_token_id=0,
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
+    if case in GPU_CASES.values():
+        model.to(torch.bfloat16)
     model.generation_config.eos_token_id = case.vocabulary
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -213,7 +232,7 @@ def run_sia(case: Case, base: Path, work: Path, pace: Pace) -> None:
     assert isinstance(chosen, OnPolicy)
     policy = make_policy(
         {"kind": "causal_lm", "base": str(base), "max_answer_tokens": case.answer},
-        chosen, device="cpu", seed=0,
+        chosen, device=pace.device, seed=0,
     )  # fmt: skip
     items = [Item(id=str(n), prompt=prompt) for n, prompt in enumerate(prompts(case))]
     task = TrainTask(
@@ -225,7 +244,8 @@ def run_sia(case: Case, base: Path, work: Path, pace: Pace) -> None:
     work.mkdir(parents=True)
     fit(
         policy=policy, recipe=chosen, source=Paced(policy=policy, recipe=chosen, task=task, seed=0),
-        work=work, seed=0, device="cpu", checkpoint_steps=Limits().checkpoint_steps, deadline=None,
+        work=work, seed=0, device=pace.device, checkpoint_steps=Limits().checkpoint_steps,
+        deadline=None,
     )  # fmt: skip
 
 
@@ -252,7 +272,9 @@ def run_trl(case: Case, base: Path, work: Path, pace: Pace) -> None:
     GRPOTrainer(
         model=str(base),
         args=GRPOConfig(
-            output_dir=str(work), use_cpu=True, bf16=False, gradient_checkpointing=False,
+            output_dir=str(work), use_cpu=pace.device == "cpu", bf16=pace.device == "cuda",
+            model_init_kwargs={"dtype": "bfloat16" if pace.device == "cuda" else "float32"},
+            gradient_checkpointing=False,
             per_device_train_batch_size=case.items * case.group, gradient_accumulation_steps=1,
             num_generations=case.group, max_completion_length=case.answer, temperature=1.0,
             beta=0.0, epsilon=CLIP, loss_type="grpo", num_iterations=1, learning_rate=LR,
@@ -270,26 +292,28 @@ def run_trl(case: Case, base: Path, work: Path, pace: Pace) -> None:
     ).train()  # fmt: skip
 
 
-def work_as(side: str, case: Case, folder: Path, threads: int) -> None:
+def work_as(side: str, case: Case, folder: Path, threads: int, device: str) -> None:
     """What a worker does until its input ends."""
     import torch
 
     torch.set_num_threads(threads)
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no report
-    pace = Pace(report=report)
+    pace = Pace(report=report, device=device)
     run = {"sia": run_sia, "trl": run_trl}[side]
     run(case, folder / case.base, folder / f"work-{side}", pace)
 
 
 @contextlib.contextmanager
-def worker(side: str, name: str, folder: Path, threads: int, python: str) -> Iterator[Any]:
+def worker(
+    side: str, name: str, folder: Path, threads: int, python: str, device: str
+) -> Iterator[Any]:
     """A process of one side that has done its warm-up; its log is in the folder."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / f"{side}.log").open("w") as log:
         process = subprocess.Popen(
             [python, __file__, "--side", side, "--cases", name, "--work", str(folder),
-             "--threads", str(threads)],
+             "--threads", str(threads), "--device", device],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             env={**os.environ, **quiet, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
@@ -316,14 +340,16 @@ def block_of(process: Any, steps: int, log: Path) -> Block:
 
 
 def measure(
-    name: str, folder: Path, threads: int, repeats: int, pythons: dict[str, str]
+    name: str, folder: Path, threads: int, repeats: int, pythons: dict[str, str], device: str
 ) -> dict[str, list[Block]]:
     """Blocks of both sides by turns, the i-th of one beside the i-th of the other."""
     case, found = CASES[name], {side: [] for side in SIDES}
     with contextlib.ExitStack() as stack:
         processes = {}
         for side in SIDES:
-            process = stack.enter_context(worker(side, name, folder, threads, pythons[side]))
+            process = stack.enter_context(
+                worker(side, name, folder, threads, pythons[side], device)
+            )
             block_of(process, 0, folder / f"{side}.log")
             processes[side] = process
         for repeat in range(repeats):
@@ -368,8 +394,8 @@ def versions(python: str) -> dict[str, str]:
     """Of the packages that an interpreter has."""
     code = (
         "import json, sys; from importlib import metadata\n"
-        "names = {d.metadata['Name'].lower(): d.version for d in metadata.distributions()}\n"
-        "print(json.dumps({n: names[n] for n in sys.argv[1:] if n in names}))"
+        "there = {d.metadata['Name'].lower() for d in metadata.distributions()}\n"
+        "print(json.dumps({n: metadata.version(n) for n in sys.argv[1:] if n in there}))"
     )
     done = subprocess.run(
         [python, "-c", code, *PACKAGES], capture_output=True, text=True, timeout=120, check=True
@@ -378,16 +404,23 @@ def versions(python: str) -> dict[str, str]:
     return found
 
 
-def header(repeats: int, found: dict[str, dict[str, str]]) -> list[str]:
+def header(repeats: int, found: dict[str, dict[str, str]], device: str) -> list[str]:
     """What stands above the table."""
+    where, option = "float32 on a CPU", ""
+    if device == "cuda":
+        import torch
+
+        where = f"a base in bfloat16 on one {torch.cuda.get_device_name()}"
+        option = " --device cuda"
     listed = {side: ", ".join(f"{n} {v}" for n, v in found[side].items()) for side in SIDES}
     return [
         "## A GRPO step beside TRL's",
         "",
-        "Made by `python benchmarks/grpo.py --trl .venv-trl/bin/python`. Tokens of answers per "
-        "second of a whole step: rollout, rewards, one clipped update of a LoRA (rank 16 on all "
-        "linear layers, no reference model), float32 on a CPU. Random Llamas; both sides load the "
-        "same files, answer the same prompts and write exactly as many tokens. Blocks of steps by "
+        f"Made by `python benchmarks/grpo.py --trl .venv-trl/bin/python{option}`. Tokens of "
+        "answers per second of a whole step: rollout, rewards, one clipped update of a LoRA (rank "
+        f"16 on all linear layers, no reference model), {where}. Random Llamas; both sides load "
+        "the same files, answer the same prompts and write exactly as many tokens. Blocks of steps "
+        "by "
         f"turns, {repeats} of each side; median and [smallest, largest]; a ratio is that of two "
         "neighbouring blocks. *CPU* counts the seconds of all threads and is what a busy machine "
         "disturbs least. Ours saves its checkpoint every ten steps as always; TRL's saves nothing.",
@@ -405,7 +438,8 @@ def main() -> None:
     """Measures every case and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl", metavar="PYTHON", help="an interpreter that has TRL")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--device", choices=REPORTS, default="cpu")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="all that suit the device")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "grpo", help="scratch")
@@ -413,7 +447,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        work_as(args.side, CASES[args.cases[0]], args.work, args.threads[0])
+        work_as(args.side, CASES[args.cases[0]], args.work, args.threads[0], args.device)
         return
     if not args.trl:
         parser.error("--trl: there is nothing to compare with")
@@ -421,14 +455,14 @@ def main() -> None:
     found = {side: versions(pythons[side]) for side in SIDES}
     if found["sia"]["torch"] != found["trl"]["torch"]:
         parser.error(f"--trl has torch {found['trl']['torch']}, not {found['sia']['torch']}")
-    lines = header(args.repeats, found)
-    for name in args.cases:
+    lines = header(args.repeats, found, args.device)
+    for name in args.cases or (GPU_CASES if args.device == "cuda" else CPU_CASES):
         parameters = make_base(args.work / CASES[name].base, CASES[name])
         for threads in args.threads:
-            blocks = measure(name, args.work, threads, args.repeats, pythons)
+            blocks = measure(name, args.work, threads, args.repeats, pythons, args.device)
             lines.append(row(name, CASES[name], parameters, threads, blocks))
             print(lines[-1], flush=True)
-    path = args.out / "reports" / "grpo_throughput.md"
+    path = args.out / "reports" / REPORTS[args.device]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
