@@ -420,8 +420,7 @@ def header(repeats: int, found: dict[str, dict[str, str]], device: str) -> list[
         "answers per second of a whole step: rollout, rewards, one clipped update of a LoRA (rank "
         f"16 on all linear layers, no reference model), {where}. Random Llamas; both sides load "
         "the same files, answer the same prompts and write exactly as many tokens. Blocks of steps "
-        "by "
-        f"turns, {repeats} of each side; median and [smallest, largest]; a ratio is that of two "
+        f"by turns, {repeats} of each side; median and [smallest, largest]; a ratio is that of two "
         "neighbouring blocks. *CPU* counts the seconds of all threads and is what a busy machine "
         "disturbs least. Ours saves its checkpoint every ten steps as always; TRL's saves nothing.",
         "",

@@ -11,12 +11,12 @@ largest cases, whose gigabytes are compared on the CPU.
 """
 
 import argparse
-import copy
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 import triton
 import yaml
 
+from sia.meta.knobs import Knobs, load_space, read_knobs, write_knobs
 from sia.sandbox.auto import auto
 from sia.sandbox.process import Process
 from sia.tasks.task import load_module
@@ -47,12 +48,14 @@ class Tried:
     """One setting of the harness.
 
     Attributes:
+        knobs: All values.
         us: Median of each case, in their order; empty where it does not run or is wrong.
         error: The largest of all cases, in tolerances.
         problem: Why it does not count.
     """
 
     change: str
+    knobs: Knobs = field(repr=False)
     us: tuple[float, ...] = ()
     error: float = math.nan
     problem: str = ""
@@ -93,11 +96,19 @@ def tolerances(found: Any, expected: Any) -> float:
     return worst if worst == worst else math.inf
 
 
-def tried(change: str, settings: Any, calls: Sequence[Any], folder: Path) -> Tried:
-    """One setting on all cases."""
+def rendered(knobs: Knobs, folder: Path) -> Path:
+    """The submission with these values of the knobs; a file of its own, since Triton reads it."""
+    shutil.copyfile(HARNESS / "harness.yaml", folder / "harness.yaml")
+    write_knobs(folder, knobs)
+    settings = yaml.safe_load((folder / "harness.yaml").read_text(encoding="utf-8"))
     path = folder / f"kernel_{time.monotonic_ns()}.py"
     path.write_text(entry.rendered(settings), encoding="utf-8")
-    kernel = load_module(path).custom_kernel
+    return path
+
+
+def tried(change: str, knobs: Knobs, calls: Sequence[Any], folder: Path) -> Tried:
+    """One setting on all cases."""
+    kernel = load_module(rendered(knobs, folder)).custom_kernel
     times, worst = [], 0.0
     try:
         for data in calls:
@@ -105,54 +116,36 @@ def tried(change: str, settings: Any, calls: Sequence[Any], folder: Path) -> Tri
             worst = max(worst, tolerances(found, reference.reference(data)))
             del found
             if worst > 1:
-                return Tried(change=change, error=worst, problem="wrong")
+                return Tried(change=change, knobs=knobs, error=worst, problem="wrong")
             times.append(median_us(kernel, data))
     except triton.runtime.errors.OutOfResources as error:
-        return Tried(change=change, problem=str(error).splitlines()[0])
-    return Tried(change=change, us=tuple(times), error=worst)
+        return Tried(change=change, knobs=knobs, problem=str(error).splitlines()[0])
+    return Tried(change=change, knobs=knobs, us=tuple(times), error=worst)
 
 
-def search(calls: Sequence[Any], folder: Path) -> tuple[list[Tried], Any]:
-    """All that was tried, and the best setting."""
-    first = yaml.safe_load((HARNESS / "harness.yaml").read_text(encoding="utf-8"))
-    space = yaml.safe_load((HARNESS / "space.yaml").read_text(encoding="utf-8"))
-    best, settings = tried("as it comes", first, calls, folder), first
-    found = [best]
-    print(best, flush=True)
-    for knob, meaning in space["knobs"].items():
-        *sections, name = knob.split(".")
-        before = settings
-        for value in meaning["values"]:
-            changed = copy.deepcopy(before)
-            place = changed
-            for section in sections:
-                place = place[section]
-            if place[name] == value:
-                continue
-            place[name] = value
-            needs = meaning.get("needs", {})  # without these values of others it means nothing
-            if any(_value(changed, other) != value for other, value in needs.items()):
-                continue
-            one = tried(f"{knob}={str(value).lower()}", changed, calls, folder)
-            found.append(one)
-            print(one, flush=True)
-            if one.geomean_us < best.geomean_us:
-                best, settings = one, changed
-    return found, settings
+def search(calls: Sequence[Any], folder: Path) -> list[Tried]:
+    """All that was tried."""
+    space = load_space(HARNESS)
+    found = [tried("as it comes", read_knobs(HARNESS, space), calls, folder)]
+    print(found[0], flush=True)
+    for name, knob in space.knobs.items():
+        before = best_of(found).knobs
+        for value in knob.values:
+            if value != before[name] and knob.active(before):
+                change = f"{name}={str(value).lower()}"
+                found.append(tried(change, {**before, name: value}, calls, folder))
+                print(found[-1], flush=True)
+    return found
 
 
-def _value(settings: Any, path: str) -> Any:
-    for name in path.split("."):
-        settings = settings[name]
-    return settings
+def best_of(found: Sequence[Tried]) -> Tried:
+    """The fastest; of equals the first."""
+    return min(found, key=lambda one: one.geomean_us)
 
 
-def judged(
-    settings: Any, cases: Sequence[Any], folder: Path, sandbox: Any
-) -> tuple[list[Any], str]:
+def judged(knobs: Knobs, cases: Sequence[Any], folder: Path, sandbox: Any) -> tuple[list[Any], str]:
     """One setting by the rules of the task, and the name of the card."""
-    path = folder / "submission.py"
-    path.write_text(entry.rendered(settings), encoding="utf-8")
+    path = rendered(knobs, folder).replace(folder / "submission.py")
     ground = arena.Arena(
         guests=guests, inputs=inputs, sandbox=sandbox, rng=np.random.default_rng(), share=1.0
     )
@@ -173,22 +166,21 @@ def main() -> None:
         parser.error("PyTorch sees no GPU here")
     torch.backends.cuda.matmul.allow_tf32 = False
     verify = load_module(TASK / "verify.py")
-    names = ("n", "batch", "dim", "mask", "values")
-    cases = [dict(zip(names, case, strict=True)) for case in prepare.RANKED[: args.cases]]
+    cases = prepare.ranked()[: args.cases]
     rng = np.random.default_rng(0)
     calls = [drawn(case, rng) for case in cases]
     with tempfile.TemporaryDirectory(prefix="sia-trimul-gpu-") as made:
         folder = Path(made)
         eager = [median_us(reference.reference, data) for data in calls]
-        found, best = search(calls, folder)
+        found = search(calls, folder)
+        chosen = best_of(found)
         calls.clear()
         torch.cuda.empty_cache()
         sandbox = auto() if args.sandbox == "auto" else Process()
-        seen, card = judged(best, cases[: args.protocol], folder, sandbox)
+        seen, card = judged(chosen.knobs, cases[: args.protocol], folder, sandbox)
     for timed in seen:
         if timed.problem:
             raise SystemExit(f"{verify.name(timed.case)}: {timed.problem}")
-    chosen = min(found, key=lambda one: one.geomean_us)
     lines = [
         f"## trimul's Triton harness on one {card}",
         "",
@@ -217,9 +209,10 @@ def main() -> None:
         lines.append(f"| {verify.name(case)} | {' | '.join(cells)} | {error} |")
     means = " | ".join(f"**{geomean(column):,.0f}**" for column in columns)
     lines += [f"| geometric mean of the column | {means} | |", ""]
-    kept = "; ".join(one.change for one in _kept(found)) or "nothing"
+    bests = [best_of(found[: k + 1]) for k in range(len(found))]
+    kept = dict.fromkeys(one.change for one in bests if one is not found[0]) or ["nothing"]
     lines += [
-        f"The knobs in the order of `space.yaml`, the best value of each kept: {kept}.",
+        f"The knobs in the order of `space.yaml`, the best value of each kept: {'; '.join(kept)}.",
         "",
         "| setting | geometric mean | largest error, in tolerances | |",
         "| --- | --- | --- | --- |",
@@ -234,16 +227,6 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
-
-
-def _kept(found: Sequence[Tried]) -> list[Tried]:
-    """What was the best so far when it was tried."""
-    best, kept = found[0], []
-    for one in found[1:]:
-        if one.geomean_us < best.geomean_us:
-            best = one
-            kept.append(one)
-    return kept
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import free_slot, kill_strays, marked
-from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices, gpu_libraries, start
+from sia.sandbox.launch import start, with_gpu
 from sia.sandbox.protocol import Job, Limits, Sandbox
 
 HERE = Path(__file__).resolve().parent
@@ -160,21 +160,18 @@ class Guest:
             shutil.copyfile(source, folder / "code" / name)
         job_file = {"fd": theirs.fileno(), "interpret": self._interpret, "device": self._device}
         (folder / "code" / "job.json").write_text(json.dumps(job_file), encoding="utf-8")
-        gpu = self._device == "cuda"
         job = Job(
             data=folder / "data",
             code=folder / "code",
             work=folder / "work",
             runtime=current_runtime(),
-            limits=Limits(
-                memory_mib=GPU_MEMORY_MIB if gpu else MEMORY_MIB, file_mib=FILE_MIB, threads=THREADS
-            ),
+            limits=Limits(memory_mib=MEMORY_MIB, file_mib=FILE_MIB, threads=THREADS),
             slot=self._stack.enter_context(free_slot()),
             marker=self._marker,
             entry="runner.py",
-            devices=gpu_devices() if gpu else (),
-            libraries=gpu_libraries() if gpu else (),
         )
+        if self._device == "cuda":
+            job = with_gpu(job)
         launch = self._sandbox.launch(job)
         errors = self._stack.enter_context((folder / "stderr").open("w+b"))
         self._errors = errors

@@ -57,7 +57,7 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
     for name in PUBLIC:
         shutil.copyfile(HERE / name, public / name)
     _write(
-        public / "cases.json", {"cpu": draws["public"], "triton": _triton(TRITON), "gpu": _ranked()}
+        public / "cases.json", {"cpu": draws["public"], "triton": _triton(TRITON), "gpu": ranked()}
     )
     for split in ("dev", "test"):
         plan = {
@@ -67,7 +67,7 @@ def prepare(raw: Path, public: Path, private: Path, *, seed: int) -> None:
             "tolerance_share": TOLERANCE_SHARE[split],
             "cases": draws[split],
             "triton": _triton(TRITON[:DEV_TRITON] if split == "dev" else TRITON),
-            "gpu": _ranked(),
+            "gpu": ranked(),
             "gpu_rounds": GPU_ROUNDS,
         }
         _write(private / split / "cases.json", plan)
@@ -89,7 +89,8 @@ def _triton(shapes: tuple[tuple[int, int, int], ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _ranked() -> list[dict[str, Any]]:
+def ranked() -> list[dict[str, Any]]:
+    """The seven cases that are ranked on a GPU."""
     return [
         {"batch": batch, "n": n, "dim": dim, "mask": mask, "values": values}
         for n, batch, dim, mask, values in RANKED

@@ -148,8 +148,7 @@ def costs(timed: Any) -> tuple[Array, Array]:
     """Processor time of the reference and of the submission by round, measuring taken off."""
     eager, own = np.array(timed.eager_cpu_s), np.array(timed.own_cpu_s)
     null = min(timed.null_s)
-    # At most half of a call can be the measuring: a result near zero would be nothing but noise.
-    return eager - np.minimum(null, eager / 2), own - np.minimum(null, own / 2)
+    return _without_measuring(eager, null), _without_measuring(own, null)
 
 
 def speed_up(timed: Any) -> float:
@@ -191,9 +190,7 @@ def triton_metrics(triton: Sequence[Any], facts: Mapping[str, Any]) -> dict[str,
 
 def us(timed: Any) -> float:
     """Microseconds of one call on a GPU, the measured cost of measuring taken off."""
-    own, null = float(np.median(timed.own_s)), float(np.median(timed.null_s))
-    # As in `costs`: noise must not make a call free, and a mean of logarithms with it.
-    return 1e6 * (own - min(null, own / 2))
+    return 1e6 * float(_without_measuring(np.median(timed.own_s), float(np.median(timed.null_s))))
 
 
 def gpu_metrics(gpu: Sequence[Any]) -> dict[str, float]:
@@ -208,6 +205,11 @@ def name(case: Mapping[str, Any]) -> str:
     """A case in one word: N, B, C, values and mask."""
     masked = "" if case["mask"] == "none" else "-masked"
     return f"{case['n']}x{case['batch']}x{case['dim']}-{case['values']}{masked}"
+
+
+def _without_measuring(spent: Any, null: float) -> Any:
+    """At most half of a call can be the measuring: what is near zero would be noise alone."""
+    return spent - np.minimum(null, spent / 2)
 
 
 def _seen(timed: Any) -> dict[str, float]:

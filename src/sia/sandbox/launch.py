@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +19,7 @@ FIRST_UID = 64100  # of targets, where we may give them a user id of their own
 DATA, CODE, WORK, POLICY = "/sia/data", "/sia/harness", "/sia/work", "/sia/policy"
 GATEWAY, SCRIPT = "/sia/gateway.sock", "/sia/forward.py"
 FORWARD_PORT = 8000  # inside a sandbox that has a loopback interface of its own
-GPU_MEMORY_MIB = 2**26  # of address space: a card's driver reserves far more than its memory
+_GPU_MEMORY_MIB = 2**26  # of address space: a card's driver reserves far more than its memory
 PROGRAMS = ("/usr/games",)  # of Debian, beyond /usr/bin: chess engines
 TRIAL_DEADLINE_S = 20
 TRIAL_AGENT = """
@@ -28,12 +29,22 @@ open(sys.argv[sys.argv.index("--working_dir") + 1] + "/done", "x").close()
 
 
 def gpu_devices() -> tuple[Path, ...]:
-    """The device files of NVIDIA cards, for `Job.devices`; empty where there is none."""
+    """The device files of NVIDIA cards; empty where there is none."""
     return tuple(sorted(path for path in Path("/dev").glob("nvidia*") if not path.is_dir()))
 
 
-def gpu_libraries() -> tuple[Path, ...]:
-    """The folder of the NVIDIA driver, for `Job.libraries`; empty where there is none.
+def with_gpu(job: Job) -> Job:
+    """The job with all that the cards of this machine need: devices, driver, address space."""
+    return replace(
+        job,
+        devices=gpu_devices(),
+        libraries=_gpu_libraries(),
+        limits=replace(job.limits, memory_mib=_GPU_MEMORY_MIB),
+    )
+
+
+def _gpu_libraries() -> tuple[Path, ...]:
+    """The folder of the NVIDIA driver; empty where there is none.
 
     It is where the dynamic loader of this process finds it, which on many a cluster is a folder of
     its own and not one of the system.

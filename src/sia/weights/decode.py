@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sia.weights.cache import GroupLayer, Place, grouped
+from sia.weights.cache import Place
 
 ROOM = 128  # tokens that a recording is good for
 FEW = 8  # tokens for which none is made
@@ -30,7 +30,8 @@ class Decoder:
         read: Token ids and positions, (A, 1) each -> logits; appends to the cache.
         cache: Of the prompts, in groups.
         limit: Tokens of the longest answer.
-        capture: Records a pass; None: every pass is made anew.
+        capture: Records a pass of a cache that keeps each prompt once; None: every pass is made
+            anew.
     """
 
     def __init__(
@@ -41,8 +42,7 @@ class Decoder:
         limit: int,
         capture: Capture | None,
     ) -> None:
-        self._read, self._cache, self._limit = read, cache, limit
-        self._capture = capture if grouped(cache) else None
+        self._read, self._cache, self._limit, self._capture = read, cache, limit, capture
         self._used = 0  # tokens of the answers in the cache
         self._place: Place | None = None
         self._pass: Pass | None = None
@@ -82,7 +82,7 @@ class Decoder:
         if self._place is None or self._used == len(self._place.ahead_L):
             size = min(self._used + ROOM, self._limit)
             self._place = Place.of(size, ids_A1.device)
-            for layer in self._layers():
+            for layer in self._cache.layers:
                 layer.fix(self._place, self._used)
         self._place.move(self._used)
         self._ids_A1, self._positions_A1 = ids_A1.clone(), positions_A1.clone()
@@ -90,14 +90,11 @@ class Decoder:
 
     def _anew(self, ids_A1: Tensor, positions_A1: Tensor) -> Tensor:
         if self._place is not None:
-            for layer in self._layers():
+            for layer in self._cache.layers:
                 layer.free(self._used)
             self._place = self._pass = None
         self._used += 1
         return self._read(ids_A1, positions_A1)
-
-    def _layers(self) -> list[GroupLayer]:
-        return [layer for layer in self._cache.layers if isinstance(layer, GroupLayer)]
 
 
 def cuda_graph(run: Pass) -> Pass:

@@ -19,7 +19,7 @@ from sia.errors import WeightsError
 from sia.records import Choice, Outcome, Update
 from sia.sandbox.environments import current_runtime
 from sia.sandbox.execution import Cancel, Cancels, Execution, execute, free_slot
-from sia.sandbox.launch import GPU_MEMORY_MIB, gpu_devices, gpu_libraries
+from sia.sandbox.launch import gpu_devices, with_gpu
 from sia.sandbox.protocol import Job, Limits, Runtime, Sandbox
 from sia.sandbox.staging import copy_read_only, hand_over, remove, write_logs
 from sia.tasks.task import Task
@@ -86,10 +86,7 @@ class Updates:
         self._task = task
         self._policy = dict(policy)
         self._sandbox = sandbox
-        self._devices = gpu_devices()
-        self._libraries = gpu_libraries() if self._devices else ()
-        memory_mib = GPU_MEMORY_MIB if self._devices else LIMITS.memory_mib
-        self._limits = replace(LIMITS, threads=threads, memory_mib=memory_mib)
+        self._limits = replace(LIMITS, threads=threads)
         self._cancels = Cancels()
 
     @property
@@ -181,9 +178,9 @@ class Updates:
                 slot=slot,
                 marker=secrets.token_hex(8),
                 entry=INSIDE.name,
-                devices=self._devices,
-                libraries=self._libraries,
             )
+            if gpu_devices():
+                job = with_gpu(job)
             launch = self._sandbox.launch(job)
             hand_over(work, launch.owner)
             execution = execute(launch, job, deadline_s=deadline_s + LAST_WORDS_S, cancel=cancel)
