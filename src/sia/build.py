@@ -356,6 +356,7 @@ def _weights(cfg: Config, checked: Checked) -> WeightUpdate:
         first=_adapter(serve) if serve else None,
         sandbox=checked.sandbox,
         threads=cfg.target.threads,
+        cache=Path(cfg.target.update_cache).expanduser() if cfg.target.update_cache else None,
     )
 
 

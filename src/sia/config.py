@@ -165,6 +165,7 @@ class TargetConfig:
     policy: dict[str, Any] = field(default_factory=dict)  # of updates of the weights; see docs
     attempt_s: float | None = None  # deadline of one attempt; null: the task's own
     update_s: float = 3600  # deadline of one update of its weights
+    update_cache: str | None = None  # folder of updates that runs share; null: every one is made
     threads: int = 2  # of numerical libraries; part of the result's definition, not of the machine
     environments: str | None = None  # where environments are kept; null: ~/.cache/sia/environments
 
@@ -200,6 +201,7 @@ class RecipeConfig(WeightsConfig):
 
     steps: int = 50
     lr: float = 1e-4
+    head_lr: float | None = None
     warmup: int = 5
     decay: str = "none"
     weight_decay: float = 0.0

@@ -393,6 +393,7 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         seed=seeds.stream_seed(parts.seed, stream),
         deadline_s=_deadline(parts, limits, limits.update_s),
     )
+    parts.journal.charge(update.taken_s)
     if _spent(parts, limits):
         raise _time_is_over(limits)
     return update

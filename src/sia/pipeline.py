@@ -169,6 +169,7 @@ def _meaning(cfg: Config) -> dict[str, Any]:
     kept = [str(key) for key in cast(Any, cfg) if key not in SILENT]
     node = OmegaConf.masked_copy(cast(Any, cfg), kept)
     found = cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+    found["target"].pop("update_cache", None)  # what is taken over is what would have been made
     if cfg.gateway.mode == "replay":  # nobody is called
         found["provider"] |= dict.fromkeys(("base_url", "anthropic_url", "api_key_env"))
     return found

@@ -125,6 +125,8 @@ class Progress:
             mark, shown = "kept the incumbent", f"{score:.4f}"
         proposal = result.candidate.proposal
         note = _first(result.reason) or ", ".join(f"{k}={v}" for k, v in proposal.changes.items())
+        if result.update is not None and result.update.taken_s:
+            note += f" (policy taken over: {result.update.taken_s:.0f} s)"
         row = (
             str(result.candidate.generation), result.candidate.id, proposal.source or "-", shown,
             "-" if best is None else f"{best:.4f}", mark, note,

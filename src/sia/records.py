@@ -150,12 +150,15 @@ class Update:
     Attributes:
         problem: Why there is no new policy; empty when there is one.
         report: What it did, in numbers that do not depend on the machine's speed.
+        taken_s: Seconds that it took where it was made, if it was taken over from another run; the
+            run's clock is charged with them.
     """
 
     candidate: str
     recipe: str
     problem: str = ""
     report: dict[str, float] = field(default_factory=dict)
+    taken_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,8 @@ class Line:
     Attributes:
         key: Place of the step in the run, for example `0003/0/attempt`; unique.
         kind: Name of the record's class.
-        elapsed_s: Time the run had used when the step ended, earlier sessions included.
+        elapsed_s: Time the run had used when the step ended, earlier sessions included, and what it
+            was charged with.
         wall_s: What the step itself took.
     """
 
@@ -104,8 +105,13 @@ class Journal:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds the run has used, earlier sessions included."""
+        """Seconds the run has used, earlier sessions and charges included."""
         return self._elapsed_before + time.monotonic() - self._started
+
+    def charge(self, seconds: float) -> None:
+        """Adds time that another run has spent for this one. Called within a step, it is kept."""
+        with self._lock:
+            self._elapsed_before += seconds
 
     def step(self, key: str, kind: type[T], make: Callable[[], T]) -> T:
         """The record of step `key`: read back if the step finished before, else made and written.

@@ -17,6 +17,7 @@ import tiny_llama
 import yaml
 
 from sia import rundir
+from sia.provenance import tree_sha256
 
 TOY = Path(__file__).resolve().parents[2] / "tasks" / "toy"
 TRAIN = """
@@ -154,6 +155,25 @@ def test_the_lever_is_pulled_and_the_target_uses_what_was_learned(sia: Sia, tmp_
     assert not (run / "gen-001/cand-0/update/work").exists()
     lineage = json.loads((run / "gen-002/cand-0/policy/fold1/update.json").read_text())
     assert lineage["parent"] == str(run / "gen-001/cand-0/policy/fold1")
+
+
+def test_runs_that_share_a_cache_train_a_policy_once(sia: Sia, tmp_path: Path) -> None:
+    shared = f"target.update_cache={tmp_path / 'shared'}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = finished(sia(ONLY_WEIGHTS, shared, folder="one"), one)
+    both = sia("meta.weights_after=0", "generations=3", shared, folder="two")
+    second = finished(both, two)
+    made, taken = first["0001/0/update"], second["0001/0/update"]
+    assert made["taken_s"] == 0
+    assert taken["report"] == made["report"]
+    policy = "gen-001/cand-0/policy"
+    assert tree_sha256(one / policy) == tree_sha256(two / policy)
+    assert first["0001/0/evaluation"] == second["0001/0/evaluation"]
+    line = next(line for line in rundir.read_journal(two) if line.key == "0001/0/update")
+    assert line.wall_s < taken["taken_s"] < line.elapsed_s  # the run's clock is charged
+    assert "taken over" in both.stdout
+    other = finished(sia(ONLY_WEIGHTS, shared, "seed=1", folder="other"), tmp_path / "other")
+    assert other["0001/0/update"]["taken_s"] == 0
 
 
 def test_later_edits_of_the_harness_keep_the_policy(sia: Sia, tmp_path: Path) -> None:

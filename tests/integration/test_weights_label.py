@@ -107,6 +107,27 @@ def test_rewards_alone_teach_labels_too(place: Path, tmp_path: Path) -> None:
     assert report.reward_after > report.reward_before + 0.2
 
 
+def test_a_head_learns_at_its_own_rate(place: Path, tmp_path: Path) -> None:
+    """The first step of AdamW moves a parameter by its learning rate.
+
+    While the head is zero the layers get no gradient, so theirs is the second step, whose moments
+    have seen one gradient of two: 0.1 / (1 - 0.9^2) over the root of 0.001 / (1 - 0.999^2).
+    """
+    from safetensors.torch import load_file
+
+    from sia.weights.update import update
+
+    def moved(steps: int, part: str) -> float:
+        recipe = {"name": "sft", "steps": steps, "lr": 1e-3, "head_lr": 0.05, "warmup": 0}
+        out = tmp_path / str(steps)
+        update(job(place, out, recipe=recipe))
+        stored = load_file(out / "adapter_model.safetensors")
+        return max(float(value.abs().max()) for name, value in stored.items() if part in name)
+
+    assert moved(1, "head") == pytest.approx(0.05, rel=1e-3)
+    assert moved(2, "lora_B") == pytest.approx(1e-3 * 0.744, rel=1e-3)
+
+
 def test_without_its_adapter_all_labels_are_equally_likely(place: Path) -> None:
     policy = made(place)
     tokens = policy.encode(["abc burns", "de lies"], ["fire", "theft"])

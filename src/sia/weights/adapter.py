@@ -161,12 +161,13 @@ def fill(peft: Any, stored: Stored, folder: Path, value_head: nn.Module | None) 
     return unknown
 
 
-def zero_head(width: int, n: int) -> nn.Linear:
-    """A head that expects nothing at first."""
-    head = nn.Linear(width, n)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+class Head(nn.Linear):
+    """A head over labels or values; it expects nothing at first."""
+
+    def reset_parameters(self) -> None:
+        """Weight and bias are zero."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 def identity(model: nn.Module, *, precision: torch.dtype = torch.float32) -> str:

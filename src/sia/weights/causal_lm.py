@@ -151,7 +151,7 @@ class CausalLM:
         )
         self._peft = self._adapted(model, config)
         width = model.config.get_text_config().hidden_size
-        self._value_head = adapter.zero_head(width, 1).to(self.device) if values else None
+        self._value_head = adapter.Head(width, 1).to(self.device) if values else None
         self._module = nn.ModuleDict({"model": self._peft})
         if self._value_head is not None:
             self._module["value_head"] = self._value_head

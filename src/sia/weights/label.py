@@ -116,7 +116,7 @@ class Label:
             all_linear=[name for name in linear if name != "head"], modules_to_save=["head"],
         )  # fmt: skip
         self._peft = self._adapted(tower, config)
-        self._value_head = adapter.zero_head(width, 1).to(self.device) if values else None
+        self._value_head = adapter.Head(width, 1).to(self.device) if values else None
         self._module = nn.ModuleDict({"lower": self._lower, "tower": self._peft})
         if self._value_head is not None:
             self._module["value_head"] = self._value_head
@@ -296,7 +296,7 @@ class Label:
             )
         pooling = stored.further[POOLING_FILE]
         tower = self._peft.unload()
-        tower.head = adapter.zero_head(tower.centre_D.shape[0], len(self.labels)).to(self.device)
+        tower.head = adapter.Head(tower.centre_D.shape[0], len(self.labels)).to(self.device)
         tower.centre_D.copy_(pooling["centre"])
         tower.spread_D.copy_(pooling["spread"])
         self._peft = self._adapted(tower, stored.config)
@@ -320,7 +320,7 @@ class _Tower(nn.Module):
     def __init__(self, layers: nn.ModuleList, width: int, n_labels: int) -> None:
         super().__init__()
         self.layers = layers
-        self.head = adapter.zero_head(width, n_labels)
+        self.head = adapter.Head(width, n_labels)
         self.centre_D: Tensor
         self.spread_D: Tensor
         self.register_buffer("centre_D", torch.zeros(width))

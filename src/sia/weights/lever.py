@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from sia.sandbox.staging import copy_read_only, hand_over, remove, write_logs
 from sia.tasks.task import Task
 from sia.weights.recipes import RECIPES, Recipe
 from sia.weights.recipes import recipe as find_recipe
+from sia.weights.update_cache import UpdateCache, update_key
 
 INSIDE = Path(__file__).with_name("inside.py")
 TRAIN = "train.py"  # of the task: what may be trained on
@@ -68,6 +70,7 @@ class Updates:
             `folds` where every train item is to be scored by a model that has not seen it.
         sandbox: The same that confines targets.
         threads: Of numerical libraries.
+        cache: Where updates of other runs are taken over from; None: every update is made.
         first: The adapter that the first update starts from; None: the base as it is.
     """
 
@@ -79,9 +82,11 @@ class Updates:
         policy: Mapping[str, Any],
         sandbox: Sandbox,
         threads: int,
+        cache: Path | None = None,
         first: Path | None = None,
     ) -> None:
         self._recipes = recipes
+        self._cache = UpdateCache(cache) if cache else None
         self._first = first
         self._task = task
         self._policy = dict(policy)
@@ -111,7 +116,7 @@ class Updates:
     ) -> Update:
         """One update; the contract is that of `sia.weights.protocol.WeightUpdate`.
 
-        An update that was killed goes on at its step.
+        An update that was killed goes on at its step. One that another run has made is taken over.
         """
         try:
             if recipe not in self._recipes:
@@ -120,31 +125,55 @@ class Updates:
             chosen = find_recipe({**vars(self._recipes[recipe]), **settings})
         except WeightsError as error:
             return Update(candidate=candidate, recipe=recipe, problem=str(error))
+        remove(out)
+        parent = parent or self._first
+        plan = {"policy": self._policy, "recipe": vars(chosen), "seed": seed}
+        key = self._key(plan, parent) if self._cache else ""
+        if self._cache and (made := self._cache.take(key, out, within_s=deadline_s)):
+            return Update(
+                candidate=candidate, recipe=recipe, report=made.report, taken_s=made.seconds
+            )
+        begun, unbroken = time.monotonic(), not _work(out).exists()
         with self._cancels.flag() as cancel:
-            remove(out)
-            execution = self._run(chosen, parent or self._first, out, seed, deadline_s, cancel)
-        lines = execution.stdout.text().strip().splitlines()
+            execution = self._run(plan, parent, out, deadline_s, cancel)
         if execution.outcome is not Outcome.OK or not out.is_dir():
             problem = execution.reason or "the update left nothing"
             return Update(candidate=candidate, recipe=recipe, problem=problem)
-        return Update(candidate=candidate, recipe=recipe, report=json.loads(lines[-1]))
+        report = json.loads(execution.stdout.text().strip().splitlines()[-1])
+        if self._cache and unbroken:
+            self._cache.put(key, out, report=report, seconds=time.monotonic() - begun)
+        return Update(candidate=candidate, recipe=recipe, report=report)
 
     def cancel(self) -> None:
         """Makes every `update`, in progress or to come, kill its processes and raise."""
         self._cancels.set()
 
+    def _key(self, plan: Mapping[str, Any], parent: Path | None) -> str:
+        return update_key(
+            {
+                **plan,
+                "policy": {name: value for name, value in self._policy.items() if name != "base"},
+                "threads": self._limits.threads,
+                "gpu": bool(gpu_devices()),
+            },
+            base=Path(self._policy["base"]),
+            parent=parent,
+            train=self._task.root / TRAIN,
+            data=self._task.public_dir,
+        )
+
     def _run(
         self,
-        chosen: Recipe,
+        plan: Mapping[str, Any],
         parent: Path | None,
         out: Path,
-        seed: int,
         deadline_s: float,
         cancel: Cancel,
     ) -> Execution:
         self._sandbox.check()
-        place = out.with_name("update").resolve()
-        code, work = place / "code", place / "work"
+        work = _work(out)
+        place = work.parent
+        code = place / "code"
         for name in STAGED:
             remove(place / name)
         work.mkdir(parents=True, exist_ok=True)  # a killed update has left its checkpoints there
@@ -155,14 +184,13 @@ class Updates:
         if not all(path.stat().st_mode & 0o004 for path in base.iterdir()):
             # transformers writes weights for their owner alone, who is not the user of a sandbox
             base = copy_read_only(base, place / "base", follow_links=True)
-        plan = {
+        located = {
+            **plan,
             "policy": {**self._policy, "base": str(base)},
-            "recipe": vars(chosen),
             "parent": None if parent is None else str(parent.resolve()),
-            "seed": seed,
             "limits": {"wall_s": deadline_s},
         }
-        (code / "job.json").write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        (code / "job.json").write_text(json.dumps(located, indent=1) + "\n", encoding="utf-8")
         data = self._task.public_dir.resolve()
         if not self._sandbox.shields_data:
             data = copy_read_only(data, place / "data", follow_links=True)
@@ -196,6 +224,11 @@ class Updates:
         for name in (*STAGED, "work"):
             remove(place / name)
         return execution
+
+
+def _work(out: Path) -> Path:
+    """Where an update leaves its checkpoints, and its policy at the end."""
+    return out.with_name("update").resolve() / "work"
 
 
 def _folders(base: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from sia.errors import WeightsError
+from sia.weights.adapter import Head
 from sia.weights.data import StepData, part_size
 from sia.weights.memory import halving
 from sia.weights.policy import Policy
@@ -37,10 +38,22 @@ class Update(LightningModule):
         self._size: int | None = None
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a linear warm-up."""
+        """AdamW with a linear warm-up; heads have a learning rate of their own."""
         recipe = self.recipe
+        of_heads = {
+            id(parameter)
+            for module in self.policy.module.modules()
+            if isinstance(module, Head)
+            for parameter in module.parameters()
+        }
+        trained = self.policy.parameters()
+        heads = [parameter for parameter in trained if id(parameter) in of_heads]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if id(parameter) not in of_heads]},
+            {"params": heads, "lr": recipe.head_lr or recipe.lr},
+        ]
         optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, recipe.pace)}
 

@@ -101,6 +101,8 @@ class Recipe:
     Attributes:
         steps: Optimiser steps of an update.
         lr: Learning rate of AdamW, after `warmup` steps of linear growth.
+        head_lr: Of heads over labels or values, which start from zero where the adapted layers
+            start from a trained base; None: `lr`.
         decay: `none`, or `linear`: the learning rate then falls to 0 at the last step.
         batch: Answers of an optimiser step; None: the whole round.
         micro_batch: Answers that pass through the model at once; None: the whole step. Halves
@@ -121,6 +123,7 @@ class Recipe:
     name: str
     steps: int = 50
     lr: float = 1e-4
+    head_lr: float | None = None
     warmup: int = 5
     decay: str = "none"
     weight_decay: float = 0.0
@@ -157,8 +160,9 @@ class Recipe:
             value = getattr(self, name, allowed[0])
             if value not in allowed:
                 found.append(f"{name}={value!r} must be one of {', '.join(allowed)}.")
-        if self.lr <= 0:
-            found.append(f"lr={self.lr!r} must be more than 0.")
+        for name in ("lr", "head_lr"):
+            if (rate := getattr(self, name)) is not None and rate <= 0:
+                found.append(f"{name}={rate!r} must be more than 0.")
         for name in ("batch", "micro_batch"):
             if (getattr(self, name) or 0) % self.unit:
                 found.append(f"{name}={getattr(self, name)!r} must be a multiple of {self.unit}.")

@@ -50,6 +50,7 @@ def test_the_option_says_when_the_recipe_is_to_be_chosen(name: str) -> None:
         ({"name": "sft", "group": 4}, "recipe 'sft' has no setting 'group'"),
         ({"name": "grpo", "steps": 0, "scale": "max"}, "steps=0 must be at least 1. scale='max'"),
         ({"name": "grpo", "lr": 0}, "lr=0 must be more than 0"),
+        ({"name": "sft", "head_lr": 0}, "head_lr=0 must be more than 0"),
         ({"name": "grpo", "kl_coef": math.nan}, "kl_coef=nan must be at least 0"),
         ({"name": "ppo", "gamma": 1.5}, "gamma=1.5 must be at most 1"),
         ({"name": "dpo", "batch": 3}, "batch=3 must be a multiple of 2"),
