@@ -384,6 +384,7 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         stream += f"/{candidate.index}"
     out = parts.workspaces.policy(candidate)
     assert out is not None  # it names its own
+    begun = parts.journal.elapsed_s
     update = parts.weights.update(
         candidate.id,
         recipe=proposal.changes["recipe"],
@@ -393,7 +394,8 @@ def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidat
         seed=seeds.stream_seed(parts.seed, stream),
         deadline_s=_deadline(parts, limits, limits.update_s),
     )
-    parts.journal.charge(update.taken_s)
+    # As if it had been made here; a run that has waited for it has paid already.
+    parts.journal.charge(max(0.0, update.taken_s - (parts.journal.elapsed_s - begun)))
     if _spent(parts, limits):
         raise _time_is_over(limits)
     return update

@@ -128,21 +128,20 @@ class Updates:
         remove(out)
         parent = parent or self._first
         plan = {"policy": self._policy, "recipe": vars(chosen), "seed": seed}
-        key = self._key(plan, parent) if self._cache else ""
-        if self._cache and (made := self._cache.take(key, out, within_s=deadline_s)):
-            return Update(
-                candidate=candidate, recipe=recipe, report=made.report, taken_s=made.seconds
-            )
-        begun, unbroken = time.monotonic(), not _work(out).exists()
+        blank = Update(candidate=candidate, recipe=recipe)
         with self._cancels.flag() as cancel:
-            execution = self._run(plan, parent, out, deadline_s, cancel)
-        if execution.outcome is not Outcome.OK or not out.is_dir():
-            problem = execution.reason or "the update left nothing"
-            return Update(candidate=candidate, recipe=recipe, problem=problem)
-        report = json.loads(execution.stdout.text().strip().splitlines()[-1])
-        if self._cache and unbroken:
-            self._cache.put(key, out, report=report, seconds=time.monotonic() - begun)
-        return Update(candidate=candidate, recipe=recipe, report=report)
+            if self._cache is None:
+                return self._made(blank, plan, parent, out, deadline_s, cancel)
+            key = self._key(plan, parent)
+            with self._cache.turn(key, cancelled=cancel.is_set, within_s=deadline_s):
+                if entry := self._cache.take(key, out, within_s=deadline_s):
+                    return replace(blank, report=entry.report, taken_s=entry.seconds)
+                begun = time.monotonic()
+                made = self._made(blank, plan, parent, out, deadline_s, cancel)
+                if not made.problem:
+                    seconds = time.monotonic() - begun
+                    self._cache.put(key, out, report=made.report, seconds=seconds)
+                return made
 
     def cancel(self) -> None:
         """Makes every `update`, in progress or to come, kill its processes and raise."""
@@ -162,6 +161,21 @@ class Updates:
             data=self._task.public_dir,
         )
 
+    def _made(
+        self,
+        blank: Update,
+        plan: Mapping[str, Any],
+        parent: Path | None,
+        out: Path,
+        deadline_s: float,
+        cancel: Cancel,
+    ) -> Update:
+        """Makes it; fills in its report, or its problem."""
+        execution = self._run(plan, parent, out, deadline_s, cancel)
+        if execution.outcome is not Outcome.OK or not out.is_dir():
+            return replace(blank, problem=execution.reason or "the update left nothing")
+        return replace(blank, report=json.loads(execution.stdout.text().strip().splitlines()[-1]))
+
     def _run(
         self,
         plan: Mapping[str, Any],
@@ -171,9 +185,8 @@ class Updates:
         cancel: Cancel,
     ) -> Execution:
         self._sandbox.check()
-        work = _work(out)
-        place = work.parent
-        code = place / "code"
+        place = out.with_name("update").resolve()
+        code, work = place / "code", place / "work"
         for name in STAGED:
             remove(place / name)
         work.mkdir(parents=True, exist_ok=True)  # a killed update has left its checkpoints there
@@ -224,11 +237,6 @@ class Updates:
         for name in (*STAGED, "work"):
             remove(place / name)
         return execution
-
-
-def _work(out: Path) -> Path:
-    """Where an update leaves its checkpoints, and its policy at the end."""
-    return out.with_name("update").resolve() / "work"
 
 
 def _folders(base: Path) -> list[Path]:

@@ -4,13 +4,16 @@ An entry is named by the digest of everything that an update depends on, so what
 what the run would have made. It is copied, never linked: a run directory stays whole by itself.
 """
 
+import fcntl
 import hashlib
 import os
 import platform
 import secrets
 import shutil
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +29,7 @@ from sia.weights.update import UPDATE_FILE, read_record
 
 POLICY = "policy"  # in an entry
 ENTRY_FILE = "entry.json"  # beside it; written last
+POLL_S = 0.2  # between looks at another process's update
 PACKAGES = ("torch", "lightning", "peft", "transformers", "numpy")
 
 
@@ -45,8 +49,8 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decides:
-    """What decides about every bit of a policy; its digest names the entry."""
+class _Ingredients:
+    """What decides about every bit of a policy; their digest names the entry."""
 
     plan: dict[str, Any]
     base: str
@@ -71,7 +75,7 @@ def update_key(
         train: The task's `train.py`.
         data: The public side of the task.
     """
-    whole = _Decides(
+    whole = _Ingredients(
         plan=dict(plan),
         base=tree_sha256(base),
         parent=tree_sha256(parent) if parent else "",
@@ -90,6 +94,37 @@ class UpdateCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+
+    @contextmanager
+    def turn(self, key: str, *, cancelled: Callable[[], bool], within_s: float) -> Iterator[None]:
+        """Waits while another process makes the same update; a killed one keeps nobody waiting.
+
+        Args:
+            key: Of the update.
+            cancelled: Asked several times a second.
+            within_s: After so long nobody is waited for any more.
+
+        Raises:
+            KeyboardInterrupt: It was cancelled.
+            WeightsError: The folder cannot be written.
+        """
+        until = time.monotonic() + within_s
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._folder / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise WeightsError(
+                f"target.update_cache={str(self._folder)!r} cannot be written: {error.strerror}. "
+                "Choose another folder, or null."
+            ) from error
+        try:
+            while not _locked(lock) and time.monotonic() < until:
+                if cancelled():
+                    raise KeyboardInterrupt
+                time.sleep(POLL_S)
+            yield
+        finally:
+            os.close(lock)
 
     def take(self, key: str, out: Path, *, within_s: float) -> Entry | None:
         """Copies the policy of an entry to `out`.
@@ -135,20 +170,31 @@ class UpdateCache:
         An entry that is there stays as it is. A copy that cannot be written is warned of: the
         update itself is whole.
         """
-        if any(read_record(path.parent).report.ended == "wall_s" for path in _records(policy)):
+        reports = [read_record(path.parent).report for path in _records(policy)]
+        if any(report.ended == "wall_s" for report in reports):
             return
+        # Of an update that was killed and went on, only its steps are known.
+        seconds = max(seconds, sum(report.seconds for report in reports))
         folder = self._folder / key
         aside = self._folder / f".{key[:16]}-{secrets.token_hex(4)}"
         try:
             shutil.copytree(policy, aside / POLICY)
             entry = Entry(report=dict(report), seconds=seconds, sha256=tree_sha256(policy))
             write_atomic(aside / ENTRY_FILE, to_json(entry, pretty=True))
-            if not folder.exists():
-                os.replace(aside, folder)
+            os.replace(aside, folder)
         except (OSError, RunDirectoryError) as error:
-            warnings.warn(f"This update is not shared: {folder}: {error}", stacklevel=2)
+            if not folder.exists():  # else another run has made the same
+                warnings.warn(f"This update is not shared: {folder}: {error}", stacklevel=2)
         finally:
             remove_tree(aside)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _records(policy: Path) -> list[Path]:

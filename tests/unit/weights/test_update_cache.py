@@ -1,5 +1,7 @@
 """Updates that were made before: what names them, what is kept, what is taken over."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,60 @@ def test_what_was_put_is_taken_with_its_report_and_its_time(
 
 def test_the_first_of_two_equal_updates_stays(cache: UpdateCache, tmp_path: Path) -> None:
     made = policy(tmp_path / "made", "steps")
-    cache.put("key", made, report=SAID, seconds=1)
-    cache.put("key", made, report=SAID, seconds=2)
+    cache.put("key", made, report=SAID, seconds=3)
+    cache.put("key", made, report=SAID, seconds=4)
     entry = cache.take("key", tmp_path / "out", within_s=60)
     assert entry is not None
-    assert entry.seconds == 1
+    assert entry.seconds == 3
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["key"]
+
+
+def test_an_update_that_went_on_counts_at_least_the_time_of_its_steps(
+    cache: UpdateCache, tmp_path: Path
+) -> None:
+    cache.put("key", policy(tmp_path / "made", "steps", "steps"), report=SAID, seconds=0.5)
+    entry = cache.take("key", tmp_path / "out", within_s=60)
+    assert entry is not None
+    assert entry.seconds == 2 * REPORT.seconds
+
+
+def test_whoever_makes_an_update_is_waited_for_and_nobody_else(cache: UpdateCache) -> None:
+    began, order = threading.Event(), []
+
+    def second() -> None:
+        began.wait()
+        with cache.turn("key", cancelled=lambda: False, within_s=60):
+            order.append("second")
+
+    with ThreadPoolExecutor() as pool, cache.turn("key", cancelled=lambda: False, within_s=60):
+        waiting = pool.submit(second)
+        with cache.turn("other", cancelled=lambda: False, within_s=60):
+            began.set()
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        order.append("first")
+    assert order == ["first", "second"]
+
+
+def test_a_wait_ends_when_it_is_cancelled_or_its_time_is_over(cache: UpdateCache) -> None:
+    with cache.turn("key", cancelled=lambda: False, within_s=60):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            cache.turn("key", cancelled=lambda: True, within_s=60),
+        ):
+            pass
+        with cache.turn("key", cancelled=lambda: False, within_s=0.1):
+            pass  # and makes the update itself
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shared").write_text("a file")
+    turn = UpdateCache(tmp_path / "shared").turn("key", cancelled=lambda: False, within_s=1)
+    with (
+        pytest.raises(WeightsError, match=r"target\.update_cache=.*shared' cannot be written"),
+        turn,
+    ):
+        pass
 
 
 def test_an_update_that_its_deadline_cut_is_not_kept(cache: UpdateCache, tmp_path: Path) -> None:
