@@ -438,6 +438,25 @@ def test_smollm2_answers_the_same_every_time(tmp_path: Path) -> None:
 
 @needs_smollm2
 @pytest.mark.slow
+def test_processes_that_write_a_base_out_at_once_leave_the_first_one_alone(
+    tmp_path: Path,
+) -> None:
+    packed = shutil.copy(SMOLLM2, tmp_path / "packed.gguf")
+    program = (
+        "import os, sys; from sia.weights.models import training_base; "
+        "folder = training_base(sys.argv[1]); print(folder, os.stat(folder).st_ino)"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, packed], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(set(said)) == 1
+
+
+@needs_smollm2
+@pytest.mark.slow
 def test_smollm2_is_trained_a_few_steps_and_served_back(tmp_path: Path) -> None:
     """Served in four bits and trained in sixteen, so log-probabilities agree to tenths."""
     for package in ("torch", "transformers", "peft"):

@@ -7,7 +7,6 @@ folder as transformers saves it, or an id of the model hub.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -146,8 +145,11 @@ def training_base(name: str) -> str:
                 _write_out(packed, made)
             for path in made.iterdir():
                 path.chmod(0o644)  # updates run as another user
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:  # another process was faster, and its folder is in use
+                if not (folder / "config.json").is_file():
+                    raise
     return str(folder)
 
 
