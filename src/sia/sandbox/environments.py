@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -74,7 +75,7 @@ class Environments:
         folder = cache / key
         if not (folder / COMPLETE).is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            with _locked(cache / f"{key}.lock", cancelled):
+            with locked(cache / f"{key}.lock", cancelled):
                 if not (folder / COMPLETE).is_file():
                     self._build(folder, requirements, cancelled)
         return Runtime(
@@ -173,8 +174,14 @@ def _read_requirements(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Holds a file lock; waits for it in short steps, so that a cancelled run can leave."""
+def locked(
+    path: Path, cancelled: Callable[[], bool], *, within_s: float = math.inf
+) -> Iterator[None]:
+    """Holds a file lock; waits for it in short steps, so that a cancelled run can leave.
+
+    A holder that is killed gives it up. After `within_s` nobody is waited for any more.
+    """
+    until = time.monotonic() + within_s
     with path.open("ab") as file:
         while True:
             try:
@@ -183,6 +190,8 @@ def _locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
             except BlockingIOError:
                 if cancelled():
                     raise KeyboardInterrupt from None
+                if time.monotonic() >= until:
+                    break
                 time.sleep(POLL_S)
         yield
 

@@ -4,16 +4,14 @@ An entry is named by the digest of everything that an update depends on, so what
 what the run would have made. It is copied, never linked: a run directory stays whole by itself.
 """
 
-import fcntl
 import hashlib
 import os
 import platform
 import secrets
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,11 +23,11 @@ from sia.errors import RunDirectoryError, WeightsError
 from sia.provenance import tree_sha256
 from sia.records import from_json, to_json
 from sia.rundir import remove_tree, write_atomic, write_error
+from sia.sandbox.environments import locked
 from sia.weights.update import UPDATE_FILE, read_record
 
 POLICY = "policy"  # in an entry
 ENTRY_FILE = "entry.json"  # beside it; written last
-POLL_S = 0.2  # between looks at another process's update
 PACKAGES = ("torch", "lightning", "peft", "transformers", "numpy")
 
 
@@ -108,23 +106,17 @@ class UpdateCache:
             KeyboardInterrupt: It was cancelled.
             WeightsError: The folder cannot be written.
         """
-        until = time.monotonic() + within_s
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._folder / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        except OSError as error:
-            raise WeightsError(
-                f"target.update_cache={str(self._folder)!r} cannot be written: {error.strerror}. "
-                "Choose another folder, or null."
-            ) from error
-        try:
-            while not _locked(lock) and time.monotonic() < until:
-                if cancelled():
-                    raise KeyboardInterrupt
-                time.sleep(POLL_S)
+        with ExitStack() as stack:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                lock = locked(self._folder / f".{key}.lock", cancelled, within_s=within_s)
+                stack.enter_context(lock)
+            except OSError as error:
+                raise WeightsError(
+                    f"target.update_cache={str(self._folder)!r} cannot be written: "
+                    f"{error.strerror}. Choose another folder, or null."
+                ) from error
             yield
-        finally:
-            os.close(lock)
 
     def take(self, key: str, out: Path, *, within_s: float) -> Entry | None:
         """Copies the policy of an entry to `out`.
@@ -187,14 +179,6 @@ class UpdateCache:
                 warnings.warn(f"This update is not shared: {folder}: {error}", stacklevel=2)
         finally:
             remove_tree(aside)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _records(policy: Path) -> list[Path]:
