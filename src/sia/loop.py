@@ -43,7 +43,7 @@ from sia.verify import Verifier
 from sia.weights.protocol import WeightUpdate
 from sia.workspace import Workspaces
 
-PROTOCOL = 1  # raise it when the meaning of the loop changes: records are compared within one only
+PROTOCOL = 2  # raise it when the meaning of the loop changes: records are compared within one only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ class _Memory:
     shown: list[Shown] = field(default_factory=list)
     by_digest: dict[tuple[str, str], Result] = field(default_factory=dict)
     updates: list[Update] = field(default_factory=list)
+    retrained: int = 0  # generations that updated the weights, the one under way included
     incumbent: Result | None = None
 
 
@@ -185,6 +186,7 @@ def _generation(
     parents = _parents(parts, memory, index)
     if retrains := decision.lever is Lever.WEIGHTS:
         parents = _to_retrain(parents)
+        memory.retrained += 1
     different = {parent.id: parent for parent in parents if parent}
     yield Started(generation=index, decision=decision, parents=tuple(different.values()))
 
@@ -203,7 +205,7 @@ def _generation(
         yield Proposed(candidate=candidate)
 
     waiting: set[Future[Result]] = {
-        pool.submit(_try, parts, limits, candidate, parent)
+        pool.submit(_try, parts, limits, candidate, parent, memory.retrained)
         for candidate, parent in zip(candidates, parents, strict=True)
         if candidate.duplicate_of is None
     }
@@ -344,7 +346,9 @@ def _retrain(
     )
 
 
-def _try(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None) -> Result:
+def _try(
+    parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None, retrained: int
+) -> Result:
     """Runs and scores one candidate; called in a worker thread."""
     if candidate.problem:
         attempt = Attempt(
@@ -356,7 +360,7 @@ def _try(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate |
     update = None
     if candidate.lever is Lever.WEIGHTS:
         update = parts.journal.step(
-            f"{key}/update", Update, lambda: _update(parts, limits, candidate, parent)
+            f"{key}/update", Update, lambda: _update(parts, limits, candidate, parent, retrained)
         )
         if update.problem:
             attempt = Attempt(
@@ -376,10 +380,13 @@ def _try(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate |
     return Result(candidate=candidate, attempt=attempt, evaluation=evaluation, update=update)
 
 
-def _update(parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None) -> Update:
+def _update(
+    parts: Parts, limits: Limits, candidate: Candidate, parent: Candidate | None, retrained: int
+) -> Update:
     proposal = candidate.proposal
     settings = {name: value for name, value in proposal.changes.items() if name != "recipe"}
-    stream = f"weights/{candidate.generation}"
+    # Whenever it comes, a run's first update is the same: runs of one seed can share it.
+    stream = f"weights/{retrained}"
     if candidate.index > 0:
         stream += f"/{candidate.index}"
     out = parts.workspaces.policy(candidate)
