@@ -9,7 +9,7 @@ demo:  # installs, fetches the data, improves a LawBench target, opens the seale
 test:  # installs what the tests need, fetches the data of all tasks, runs the tests
 	@scripts/setup dev
 	@scripts/data
-	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@.venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 30
 
 paper:  # the tables of the paper, cell by cell: dvc repro
 	@scripts/setup paper

@@ -210,6 +210,14 @@ def test_a_replay_without_a_network_gives_the_same_records(
     }
 
 
+# One agent of the three: what a user without privileges may not do is the same for all.
+@pytest.mark.parametrize(
+    "agent",
+    [
+        "claude",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("pydantic_ai", "openhands")),
+    ],
+)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_runs_it_as_well(agent: str, task_dir: Path, open_folder: Path) -> None:
     # By way of a shell: setpriv itself would still open the program with the rights of root.
