@@ -76,11 +76,14 @@ def task_dir(open_folder: Path) -> Path:
     return copy
 
 
-# OpenHands takes as long as the other two together; that it works at all is seen in
-# tests/integration/test_openhands.py.
+# Each takes two minutes and OpenHands twice as much. How the other two edit, decide and are
+# replayed is seen in tests/integration: test_agents.py and test_openhands.py.
+OPENHANDS = pytest.param("openhands", marks=pytest.mark.slow)
+
+
 @pytest.fixture(
     scope="module",
-    params=["claude", "pydantic_ai", pytest.param("openhands", marks=pytest.mark.slow)],
+    params=["claude", pytest.param("pydantic_ai", marks=pytest.mark.slow), OPENHANDS],
 )
 def agent(request: pytest.FixtureRequest) -> str:
     for known in (Claude, PydanticAI):
@@ -155,6 +158,7 @@ def test_hypothesis_and_edit_of_each_generation_are_kept(recorded: Run) -> None:
         assert "# Improve the harness" in (folder / "prompt.md").read_text()
 
 
+@pytest.mark.parametrize("agent", ["claude", "pydantic_ai", OPENHANDS], indirect=True)
 def test_a_secret_of_ours_is_in_no_file_and_no_environment_of_a_sandbox(
     agent: str, tmp_path: Path
 ) -> None:
@@ -210,14 +214,6 @@ def test_a_replay_without_a_network_gives_the_same_records(
     }
 
 
-# One agent of the three: what a user without privileges may not do is the same for all.
-@pytest.mark.parametrize(
-    "agent",
-    [
-        "claude",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in ("pydantic_ai", "openhands")),
-    ],
-)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_runs_it_as_well(agent: str, task_dir: Path, open_folder: Path) -> None:
     # By way of a shell: setpriv itself would still open the program with the rights of root.
