@@ -136,7 +136,6 @@ class _Memory:
     shown: list[Shown] = field(default_factory=list)
     by_digest: dict[tuple[str, str], Result] = field(default_factory=dict)
     updates: list[Update] = field(default_factory=list)
-    retrained: int = 0  # generations that updated the weights, the one under way included
     incumbent: Result | None = None
 
 
@@ -186,7 +185,6 @@ def _generation(
     parents = _parents(parts, memory, index)
     if retrains := decision.lever is Lever.WEIGHTS:
         parents = _to_retrain(parents)
-        memory.retrained += 1
     different = {parent.id: parent for parent in parents if parent}
     yield Started(generation=index, decision=decision, parents=tuple(different.values()))
 
@@ -204,8 +202,11 @@ def _generation(
         candidates.append(candidate)
         yield Proposed(candidate=candidate)
 
+    retrained = {
+        one.candidate.generation for one in memory.results if one.candidate.lever is Lever.WEIGHTS
+    }
     waiting: set[Future[Result]] = {
-        pool.submit(_try, parts, limits, candidate, parent, memory.retrained)
+        pool.submit(_try, parts, limits, candidate, parent, len(retrained))
         for candidate, parent in zip(candidates, parents, strict=True)
         if candidate.duplicate_of is None
     }
@@ -386,7 +387,7 @@ def _update(
     proposal = candidate.proposal
     settings = {name: value for name, value in proposal.changes.items() if name != "recipe"}
     # Whenever it comes, a run's first update is the same: runs of one seed can share it.
-    stream = f"weights/{retrained}"
+    stream = f"weights/{retrained + 1}"
     if candidate.index > 0:
         stream += f"/{candidate.index}"
     out = parts.workspaces.policy(candidate)

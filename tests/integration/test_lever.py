@@ -173,6 +173,10 @@ def test_runs_that_share_a_cache_train_a_policy_once(sia: Sia, tmp_path: Path) -
     line = next(line for line in rundir.read_journal(two) if line.key == later)
     assert line.wall_s < taken["taken_s"] < line.elapsed_s  # the run's clock is charged
     assert "taken over" in both.stdout
+    again = sia("meta.weights_after=0", "generations=3", shared, folder="again")
+    third = finished(again, tmp_path / "again")
+    assert tree_sha256(one / "gen-001" / policy) == tree_sha256(tmp_path / "again/gen-001" / policy)
+    assert first["0001/0/evaluation"] == third["0001/0/evaluation"]
     other = finished(sia(ONLY_WEIGHTS, shared, "seed=1", folder="other"), tmp_path / "other")
     assert other["0001/0/update"]["taken_s"] == 0
 
