@@ -138,7 +138,7 @@ class TorchModel:
 
     def generate(self, prompt: Sequence[int], settings: Settings) -> Iterator[Answer]:
         """The same answer again and again, a token longer each time."""
-        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicCache
 
         if len(prompt) + 1 > self.context:
             raise BadRequest(f"the prompt has {len(prompt)} tokens, the model takes {self.context}")
